@@ -1,0 +1,72 @@
+# Every target starts from nothing: it makes .venv, installs, builds csrc, and runs. PYTHON names another Python.
+PYTHON ?= python3
+OUT ?= benchmarks/results
+TORCH := torch==2.13.0
+PY := .venv/bin/python
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DEFAULT_GOAL := help
+
+GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
+ifeq ($(GPU),)
+export CISC_CUDA ?= 0
+endif
+
+hash = $(shell cat $(1) | sha256sum | cut -c1-16)
+PACKAGES := .venv/.packages-$(call hash,pyproject.toml Makefile)
+BUILT := .venv/.built-$(call hash,setup.py pyproject.toml Makefile $(wildcard csrc/*))-$(CISC_CUDA)-$(CISC_CPP)-$(CISC_DEBUG)
+
+.PHONY: help setup demo test lint format bench gpu
+
+help:
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: $(BUILT)  ## make .venv, install, build
+
+demo: $(BUILT)  ## the six stages on a small generated data set, into runs/demo, made anew
+	@rm -rf runs/demo
+	$(PY) train.py demo --out runs/demo
+
+test: $(BUILT)  ## all tests
+	@$(PY) -m pytest
+
+lint: $(PACKAGES)  ## style, types and format; changes nothing
+	@$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	.venv/bin/clang-format --dry-run -Werror csrc/*
+
+format: $(PACKAGES)  ## bring Python and C++ into the house's form
+	@$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	.venv/bin/clang-format -i csrc/*
+
+bench: $(BUILT)  ## time and memory of a training step, into $(OUT)
+	@$(PY) -m benchmarks.step --json "$(OUT)/step_cpu.json"
+
+# Refuses before anything is installed where there is no GPU.
+gpu:  ## operator tests and benchmark on an NVIDIA GPU, results into $(OUT)
+ifeq ($(GPU),)
+	@echo "make gpu: no NVIDIA GPU here (nvidia-smi -L fails)" >&2
+	exit 1
+else
+	@$(MAKE) --no-print-directory $(BUILT)
+	$(PY) -m benchmarks.gate --out "$(OUT)"
+endif
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or newer is needed, got " + sys.version.split()[0])'
+	$(PYTHON) -m venv .venv
+
+# What builds comes first, then the package's own list (pyproject.toml), still without C++.
+$(PACKAGES): | .venv/bin/python
+	@$(PY) -m pip install --quiet --disable-pip-version-check $(TORCH) 'setuptools>=77' ninja pybind11
+	CISC_CPP=0 $(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[build,reports,test]'
+	rm -f .venv/.packages-*
+	touch $@
+
+$(BUILT): $(PACKAGES)
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	rm -f .venv/.built-*
+	touch $@

@@ -1,0 +1,109 @@
+"""Peak memory and time of a call.
+
+Memory is counted by the operating system, so that C++ workspaces are seen as well as tensors.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_STATUS = Path("/proc/self/status")
+_CLEAR = Path("/proc/self/clear_refs")
+_RESET_PEAK = "5"
+EXACT = {"MALLOC_MMAP_THRESHOLD_": "524288"}
+"""Environment of a process whose freed blocks leave the resident set at once, at the cost of page faults."""
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_MIB = 2**20
+_FLUSH_BYTES = 256 * _MIB
+
+
+def peak_extra_mib(fn: Callable[[], Any], *, device: str = "cpu", warm_up: bool = True) -> float:
+    """Most memory in MiB that `fn()` held at once, beyond what was there before and what it returns.
+
+    Return from `fn` whatever is not to be counted: outputs, gradients, saved winners. On the CPU it is the
+    peak resident set of the process, reset before the call (Linux only); pages that are never written do not
+    count. On "cuda" it is the peak of torch's allocator. With `warm_up` a first call, not measured,
+    loads libraries and fills caches. Exact to a few MiB in a process started with `EXACT` in its
+    environment; otherwise blocks that the C library keeps may add some tens.
+    """
+    if warm_up:
+        fn()
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        kept = fn()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        with _freed_memory_returns():
+            _CLEAR.write_text(_RESET_PEAK)
+            before = _resident("VmRSS")
+            kept = fn()
+            peak = _resident("VmHWM")
+    return (peak - before - _nbytes(kept)) / _MIB
+
+
+def time_ms(fn: Callable[[], Any], *, device: str = "cpu") -> float:
+    """Milliseconds that one call takes, started after writing more than any cache holds."""
+    torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device).fill_(1)
+    if device == "cuda":
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        fn()
+        stop.record()
+        stop.synchronize()
+        return float(start.elapsed_time(stop))
+    begin = time.perf_counter()
+    fn()
+    return 1e3 * (time.perf_counter() - begin)
+
+
+def can_measure() -> bool:
+    """Whether the peak of the resident set can be reset and read here."""
+    return sys.platform == "linux" and _CLEAR.exists()
+
+
+@contextmanager
+def _freed_memory_returns() -> Iterator[None]:
+    """Let freed blocks leave the resident set at once; the C library keeps up to 64 MiB otherwise."""
+    c_library = ctypes.CDLL(None)
+    c_library.malloc_trim(0)
+    if EXACT.items() <= os.environ.items():
+        yield
+        return
+    c_library.mallopt(_M_MMAP_THRESHOLD, 512 * 1024)
+    try:
+        yield
+    finally:
+        c_library.mallopt(_M_MMAP_THRESHOLD, 32 * _MIB)
+        c_library.mallopt(_M_TRIM_THRESHOLD, 64 * _MIB)
+
+
+def _resident(key: str) -> int:
+    for line in _STATUS.read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"{_STATUS}: expected a line {key}, got none")
+
+
+def _nbytes(kept: Any) -> int:
+    if isinstance(kept, Tensor):
+        return kept.untyped_storage().nbytes()
+    if isinstance(kept, dict):
+        kept = kept.values()
+    if isinstance(kept, (list, tuple)) or hasattr(kept, "__iter__"):
+        return sum(_nbytes(one) for one in kept)
+    return 0

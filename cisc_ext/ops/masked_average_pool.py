@@ -1,0 +1,224 @@
+"""Prototypes: average features over a class, without upsampled features."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _checks as checks
+from . import _library
+from ._bilinear import matrix, pieces
+from ._reference import accumulator, reference_op
+from .registry import Call, Cost, Implementation, Operator, Sample, choose, never, register
+
+_NAME = "masked_average_pool"
+
+
+def masked_average_pool(
+    features: Tensor,  # [B,C,h,w]
+    labels: Tensor,  # [B,H,W] uint8, int32 or int64
+    classes: Tensor,  # [B,S] int32 or int64, -1 = none
+    *,
+    eps: float = 5e-4,
+    impl: str | None = None,
+) -> Tensor:  # [B,S,C]
+    """Average the features of each class over the pixels that bear its label.
+
+    Replaces
+
+        up = F.interpolate(features, labels.shape[-2:], mode="bilinear", align_corners=False)
+        mask = (labels[:, None] == classes[..., None, None]).to(up.dtype)  # [B,S,H,W]
+        prototypes = torch.einsum("bchw,bshw->bsc", up, mask) / (mask.sum((2, 3)) + eps)[..., None]
+
+    Upsampling is linear: the same sum is that of `features` weighted by the adjoint of the upsampling of
+    `mask`. Neither `up` (532 MB per image at 721 x 721 with 256 channels of float32) nor the masks of all
+    classes exist.
+
+    Args:
+        features: float32, bfloat16 or float16, any strides; float64 for the reference.
+        labels: class of each pixel of the full resolution, any values. Same device as `features`.
+        classes: the classes to average over. -1 gives zeros.
+        eps: added to the number of pixels; in pixels.
+        impl: "reference", "cpp", "triton", or None / "auto".
+
+    Returns:
+        Prototypes in float32 (float64 for float64). A class without pixels gives zeros. A non-finite feature
+        reaches the classes to which it contributes, no others. Gradient to `features`.
+
+    Raises:
+        TypeError, ValueError: naming the argument. A class below -1 raises on the CPU, gives NaN on a GPU.
+
+    Source: Wu et al., TPAMI 2023, masked average pooling of the class prototype.
+    """
+    checks.tensor(_NAME, "features", features, "[B,C,h,w]", checks.FEATURES)
+    checks.tensor(_NAME, "labels", labels, "[B,H,W]", checks.LABELS)
+    checks.tensor(_NAME, "classes", classes, "[B,S]", checks.CLASSES)
+    batch = features.shape[0]
+    checks.sizes(_NAME, "labels", labels, (batch, None, None), "features")
+    checks.sizes(_NAME, "classes", classes, (batch, None), "features")
+    checks.pixels(_NAME, "features", features)
+    checks.same_device(_NAME, "labels", labels, "features", features)
+    checks.same_device(_NAME, "classes", classes, "features", features)
+    checks.number(_NAME, "eps", eps, least=0.0, strict=True)
+    prototypes: Tensor = choose(_NAME, impl, features)(features, labels, classes, float(eps))
+    return prototypes
+
+
+def _adjoint_mask(
+    labels: Tensor, target: Tensor, h: int, w: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The adjoint of the upsampling of 1[labels = target] of one image, [h,w], and how many they are."""
+    height, width = labels.shape
+    rows = matrix(h, height, False, dtype, labels.device)
+    columns = matrix(w, width, False, dtype, labels.device)
+    weight = torch.zeros(h, w, dtype=dtype, device=labels.device)
+    count = torch.zeros((), dtype=torch.int64, device=labels.device)
+    for start, stop in pieces(height, width * torch.int64.itemsize):
+        mask = (labels[start:stop].to(torch.int64) == target) & (target >= 0)
+        count += mask.sum()
+        weight += rows[start:stop].t() @ (mask.to(dtype) @ columns)
+    return weight, count.to(dtype)
+
+
+def _fake(features: Tensor, labels: Tensor, classes: Tensor, eps: float) -> Tensor:
+    shape = (*classes.shape, features.shape[1])
+    return torch.empty(shape, dtype=accumulator(features), device=features.device)
+
+
+@reference_op(
+    f"{_NAME}_reference", "(Tensor features, Tensor labels, Tensor classes, float eps) -> Tensor", _fake
+)
+def _reference(features: Tensor, labels: Tensor, classes: Tensor, eps: float) -> Tensor:
+    invalid = checks.class_values(_NAME, classes)
+    dtype = accumulator(features)
+    batch, channels, h, w = features.shape
+    prototypes = torch.zeros(batch, classes.shape[1], channels, dtype=dtype, device=features.device)
+    for b in range(batch):
+        for s in range(classes.shape[1]):
+            weight, count = _adjoint_mask(labels[b], classes[b, s], h, w, dtype)
+            for start, stop in pieces(h, channels * w * dtype.itemsize):
+                part = weight[start:stop].flatten()
+                pixels = features[b, :, start:stop].to(dtype).flatten(1)
+                prototypes[b, s] += torch.where(part > 0, pixels, torch.zeros_like(part)) @ part
+            prototypes[b, s] /= count + eps
+    return checks.poison(prototypes, invalid)
+
+
+def _fake_backward(
+    grad: Tensor, labels: Tensor, classes: Tensor, h: int, w: int, eps: float, dtype: torch.dtype
+) -> Tensor:
+    return torch.empty((grad.shape[0], grad.shape[2], h, w), dtype=dtype, device=grad.device)
+
+
+@reference_op(
+    f"{_NAME}_reference_backward",
+    "(Tensor grad, Tensor labels, Tensor classes, SymInt h, SymInt w, float eps, ScalarType dtype) -> Tensor",
+    _fake_backward,
+)
+def _reference_backward(
+    grad: Tensor, labels: Tensor, classes: Tensor, h: int, w: int, eps: float, dtype: torch.dtype
+) -> Tensor:
+    batch, slots, channels = grad.shape
+    result = torch.empty(batch, channels, h, w, dtype=dtype, device=grad.device)
+    if slots == 0:
+        return result.zero_()
+    for b in range(batch):
+        masks = [_adjoint_mask(labels[b], classes[b, s], h, w, grad.dtype) for s in range(slots)]
+        weight = torch.stack([m for m, _ in masks])
+        scaled = grad[b] / (torch.stack([n for _, n in masks]) + eps)[:, None]
+        for start, stop in pieces(h, channels * w * grad.itemsize):
+            part = scaled.t() @ weight[:, start:stop].flatten(1)
+            result[b, :, start:stop] = part.view(channels, stop - start, w)
+    return result
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    features, labels, classes, eps = inputs
+    ctx.save_for_backward(labels, classes)
+    ctx.rest = (*features.shape[2:], eps, features.dtype)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return _reference_backward(grad, *ctx.saved_tensors, *ctx.rest), None, None, None
+
+
+_reference.register_autograd(_backward, setup_context=_save)
+
+
+def _cpp_obstacles(call: Call) -> list[str]:
+    reasons = []
+    if not _library.LOADED:
+        reasons.append(_library.REASON)
+    if call.device != "cpu":
+        reasons.append(f"there is no C++ kernel of {_NAME} for {call.device} tensors")
+    if torch.float64 in call.dtypes:
+        reasons.append("float64 is the reference's")
+    return reasons
+
+
+if _library.LOADED:
+    _cpp = torch.ops.cisc_ext.masked_average_pool.default
+    _cpp_backward = torch.ops.cisc_ext.masked_average_pool_backward.default
+
+    def _cpp_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _cpp_backward(grad, *ctx.saved_tensors, *ctx.rest), None, None, None
+
+    torch.library.register_fake("cisc_ext::masked_average_pool", _fake)
+    torch.library.register_fake("cisc_ext::masked_average_pool_backward", _fake_backward)
+    torch.library.register_autograd("cisc_ext::masked_average_pool", _cpp_gradient, setup_context=_save)
+
+
+def _run_cpp(features: Tensor, labels: Tensor, classes: Tensor, eps: float) -> Tensor:
+    prototypes: Tensor = torch.ops.cisc_ext.masked_average_pool(features, labels, classes, eps)
+    return prototypes
+
+
+def _samples() -> Iterator[Sample]:
+    generator = torch.Generator().manual_seed(7)
+    for name, (b, c, h, w, height, width, s) in {
+        "square": (2, 16, 9, 9, 33, 33, 1),
+        "odd": (1, 5, 7, 11, 40, 29, 3),
+        "one_pixel": (2, 3, 1, 1, 17, 5, 2),
+        "down": (1, 4, 12, 9, 5, 4, 2),
+        "no_classes": (2, 4, 3, 3, 8, 8, 0),
+        "no_images": (0, 4, 3, 3, 8, 8, 2),
+        "no_channels": (2, 0, 3, 3, 8, 8, 2),
+    }.items():
+        classes = torch.randint(0, 5, (b, s), generator=generator)
+        if s > 1:
+            classes[:, -1] = -1
+        yield Sample(
+            name,
+            {
+                "features": torch.randn(b, c, h, w, generator=generator, dtype=torch.float64),
+                "labels": torch.randint(0, 6, (b, height, width), generator=generator).to(torch.uint8),
+                "classes": classes,
+            },
+        )
+
+
+def _cost(inputs: dict[str, Any]) -> Cost:
+    features, labels, classes = inputs["features"], inputs["labels"], inputs["classes"]
+    return Cost(
+        flops=2 * features.numel() * classes.shape[1],
+        bytes=features.nbytes + labels.nbytes + 4 * classes.numel() * features.shape[1],
+    )
+
+
+register(
+    Operator(
+        name=_NAME,
+        function=masked_average_pool,
+        implementations=(
+            Implementation("cpp", _run_cpp, _cpp_obstacles),
+            Implementation("reference", _reference, never),
+        ),
+        samples=_samples,
+        cost=_cost,
+        differentiable=("features",),
+        features=("features",),
+    )
+)

@@ -1,0 +1,159 @@
+"""The CISC map of the paper: cosine of each query pixel with class prototypes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _checks as checks
+from ._bilinear import pieces
+from ._reference import accumulator, norms, reference_op, through_norm, unit_rows
+from .registry import Cost, Implementation, Operator, Sample, choose, never, register
+
+_NAME = "prototype_similarity"
+
+
+def prototype_similarity(
+    query: Tensor,  # [B,C,h,w]
+    prototypes: Tensor,  # [B,S,C]
+    *,
+    eps: float = 1e-8,
+    impl: str | None = None,
+) -> Tensor:  # [B,S,h,w]
+    """Cosine of each query pixel with each prototype.
+
+    Replaces
+
+        unit = F.normalize(query, dim=1)
+        similarity = torch.einsum("bchw,bsc->bshw", unit, F.normalize(prototypes, dim=2))
+
+    without the normalised copy of `query`.
+
+    Args:
+        query: features, float32, bfloat16 or float16, any strides; float64 for the reference.
+        prototypes: of any of these dtypes.
+        eps: a vector with a smaller norm has cosine 0 and gradient 0.
+        impl: "reference", "cpp", "triton", or None / "auto".
+
+    Returns:
+        Similarity in float32 (float64 if an operand is float64). Gradient to both.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+
+    Source: Wu et al., TPAMI 2023, the cross-image semantic consistency map.
+    """
+    checks.tensor(_NAME, "query", query, "[B,C,h,w]", checks.FEATURES)
+    checks.tensor(_NAME, "prototypes", prototypes, "[B,S,C]", checks.FEATURES)
+    checks.sizes(_NAME, "prototypes", prototypes, (query.shape[0], None, query.shape[1]), "query")
+    checks.same_device(_NAME, "prototypes", prototypes, "query", query)
+    checks.number(_NAME, "eps", eps, least=0.0, strict=True)
+    similarity: Tensor = choose(_NAME, impl, query, prototypes)(query, prototypes, float(eps))
+    return similarity
+
+
+def _fake(query: Tensor, prototypes: Tensor, eps: float) -> Tensor:
+    shape = (query.shape[0], prototypes.shape[1], *query.shape[2:])
+    return torch.empty(shape, dtype=accumulator(query, prototypes), device=query.device)
+
+
+@reference_op(f"{_NAME}_reference", "(Tensor query, Tensor prototypes, float eps) -> Tensor", _fake)
+def _reference(query: Tensor, prototypes: Tensor, eps: float) -> Tensor:
+    dtype = accumulator(query, prototypes)
+    batch, channels, h, w = query.shape
+    similarity = torch.empty(batch, prototypes.shape[1], h, w, dtype=dtype, device=query.device)
+    for b in range(batch):
+        units, _ = unit_rows(prototypes[b].t(), eps, dtype)
+        for start, stop in pieces(h, channels * w * dtype.itemsize):
+            pixels = query[b, :, start:stop].to(dtype).flatten(1)
+            cosine = (units @ pixels).mul_(norms(pixels, eps))
+            similarity[b, :, start:stop] = cosine.view(len(units), stop - start, w)
+    return similarity
+
+
+def _fake_backward(grad: Tensor, query: Tensor, prototypes: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(query), torch.empty_like(prototypes)
+
+
+@reference_op(
+    f"{_NAME}_reference_backward",
+    "(Tensor grad, Tensor query, Tensor prototypes, float eps) -> (Tensor, Tensor)",
+    _fake_backward,
+)
+def _reference_backward(grad: Tensor, query: Tensor, prototypes: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    dtype = grad.dtype
+    batch, channels, h, w = query.shape
+    grad_query, grad_prototypes = torch.empty_like(query), torch.empty_like(prototypes)
+    for b in range(batch):
+        units, inverse = unit_rows(prototypes[b].t(), eps, dtype)
+        grad_units = torch.zeros_like(units)
+        for start, stop in pieces(h, channels * w * dtype.itemsize):
+            pixels = query[b, :, start:stop].to(dtype).flatten(1)
+            inverse_norm = norms(pixels, eps)
+            pixels = pixels * inverse_norm
+            part = grad[b, :, start:stop].flatten(1)
+            grad_units += part @ pixels.t()
+            along = (part * (units @ pixels)).sum(0)
+            back = (units.t() @ part).sub_(pixels.mul_(along)).mul_(inverse_norm)
+            grad_query[b, :, start:stop] = back.view(channels, stop - start, w)
+        grad_prototypes[b] = through_norm(grad_units, units, inverse)
+    return grad_query, grad_prototypes
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    query, prototypes, ctx.eps = inputs
+    ctx.save_for_backward(query, prototypes)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return (*_reference_backward(grad, *ctx.saved_tensors, ctx.eps), None)
+
+
+_reference.register_autograd(_backward, setup_context=_save)
+
+
+def _samples() -> Iterator[Sample]:
+    generator = torch.Generator().manual_seed(11)
+    for name, (b, c, s, h, w) in {
+        "one_class": (2, 16, 1, 9, 9),
+        "odd": (1, 7, 3, 5, 11),
+        "one_pixel": (2, 3, 2, 1, 1),
+        "no_classes": (1, 4, 0, 3, 3),
+        "no_images": (0, 4, 2, 3, 3),
+        "no_pixels": (1, 4, 2, 0, 3),
+    }.items():
+        prototypes = torch.randn(b, s, c, generator=generator, dtype=torch.float64)
+        if s > 1:
+            prototypes[:, -1] = 0
+        yield Sample(
+            name,
+            {
+                "query": torch.randn(b, c, h, w, generator=generator, dtype=torch.float64),
+                "prototypes": prototypes,
+            },
+        )
+
+
+def _cost(inputs: dict[str, Any]) -> Cost:
+    query, prototypes = inputs["query"], inputs["prototypes"]
+    pixels, slots = query.shape[0] * query.shape[2] * query.shape[3], prototypes.shape[1]
+    return Cost(
+        flops=2 * query.numel() * (slots + 1),
+        bytes=query.nbytes + prototypes.nbytes + 4 * pixels * slots,
+    )
+
+
+register(
+    Operator(
+        name=_NAME,
+        function=prototype_similarity,
+        implementations=(Implementation("reference", _reference, never),),
+        samples=_samples,
+        cost=_cost,
+        differentiable=("query", "prototypes"),
+        features=("query", "prototypes"),
+    )
+)

@@ -1,0 +1,144 @@
+"""What an operator is made of, and which implementation of it runs.
+
+An operator describes itself once, in an `Operator` entry: its implementations, inputs to try it on, its work
+and its memory. Tests and benchmarks loop over `OPERATORS`; nothing else lists the operators.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IMPLEMENTATIONS = ("reference", "cpp", "triton")
+EXTRA_BYTES_CPU = 64 * 2**20
+"""Most that an operator may allocate on the CPU beyond inputs, outputs, gradients and saved winners."""
+
+_log = logging.getLogger("cisc_ext.ops")
+_logged: set[tuple[str, str, tuple[torch.dtype, ...]]] = set()
+
+
+@dataclass(frozen=True)
+class Call:
+    """The properties of a call on which the choice of an implementation depends."""
+
+    device: str
+    dtypes: tuple[torch.dtype, ...]
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an operator.
+
+    `obstacles` gives the reasons why it cannot serve a call, none if it can. It depends on the call and on
+    what was built, never on timing.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    obstacles: Callable[[Call], list[str]]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Inputs to try an operator on: float64 tensors on the CPU, to be cast and moved by the caller."""
+
+    name: str
+    inputs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The least work a call needs: floating-point operations, and bytes read and written once."""
+
+    flops: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Operator:
+    """An operator's entry. `implementations` are in the order in which "auto" tries them."""
+
+    name: str
+    function: Callable[..., Any]
+    implementations: tuple[Implementation, ...]
+    samples: Callable[[], Iterator[Sample]]
+    cost: Callable[[dict[str, Any]], Cost]
+    differentiable: tuple[str, ...] = ()
+    features: tuple[str, ...] = field(default=())
+    """Names of the inputs that may have any floating-point dtype."""
+
+
+OPERATORS: dict[str, Operator] = {}
+
+
+def register(operator: Operator) -> Operator:
+    """Add an entry; called once by each operator's file."""
+    OPERATORS[operator.name] = operator
+    return operator
+
+
+def never(call: Call) -> list[str]:
+    """No obstacles: the reference runs everywhere."""
+    return []
+
+
+def decide(name: str, impl: str | None, call: Call) -> tuple[Implementation, dict[str, list[str]]]:
+    """The implementation that serves `call`, and why those before it in the order do not.
+
+    With `impl=None` or "auto" the first without obstacles; otherwise the one named, or a `ValueError` with
+    its obstacles.
+    """
+    passed_over: dict[str, list[str]] = {}
+    candidates = OPERATORS[name].implementations
+    if impl is None or impl == "auto":
+        for candidate in candidates:
+            reasons = candidate.obstacles(call)
+            if not reasons:
+                return candidate, passed_over
+            passed_over[candidate.name] = reasons
+        raise AssertionError(f"{name}: the reference must have no obstacles")
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"{name}: impl must be 'auto', {', '.join(map(repr, IMPLEMENTATIONS))} or None, got {impl!r}"
+        )
+    for candidate in candidates:
+        if candidate.name == impl:
+            reasons = candidate.obstacles(call)
+            if reasons:
+                raise ValueError(f"{name}: impl={impl!r} cannot run here: {'; '.join(reasons)}")
+            return candidate, passed_over
+    raise ValueError(f"{name}: impl={impl!r} does not exist for this operator")
+
+
+def choose(name: str, impl: str | None, *features: Tensor) -> Callable[..., Any]:
+    """The function of the implementation that serves these tensors; logs a choice the first time it is
+    made."""
+    call = Call(features[0].device.type, tuple(t.dtype for t in features))
+    chosen, passed_over = decide(name, impl, call)
+    if not torch.compiler.is_compiling():
+        key = (name, call.device, call.dtypes)
+        if key not in _logged:
+            _logged.add(key)
+            reasons = "".join(f"; not {other}: {', '.join(why)}" for other, why in passed_over.items())
+            _log.info("%s on %s: %s%s", name, call.device, chosen.name, reasons)
+    return chosen.function
+
+
+def choices_here(device: str, dtype: torch.dtype = torch.float32) -> list[str]:
+    """A line per operator: the implementation that "auto" takes for tensors of a device, and why not
+    another."""
+    lines = []
+    for name in sorted(OPERATORS):
+        chosen, passed_over = decide(name, None, Call(device, (dtype,)))
+        existing = [implementation.name for implementation in OPERATORS[name].implementations]
+        reasons = [f"{other}: {', '.join(why)}" for other, why in passed_over.items()]
+        reasons += [
+            f"{other}: not written for this operator" for other in IMPLEMENTATIONS if other not in existing
+        ]
+        lines.append(f"{name}: {chosen.name}" + (f" (not {'; not '.join(reasons)})" if reasons else ""))
+    return lines

@@ -1,0 +1,373 @@
+"""Builds csrc into cisc_ext/_ops.so (operators, LibTorch stable ABI) and cisc_ext/_build (pybind11).
+
+Environment: CISC_CPP=0 (pure Python, nothing compiled), CISC_CUDA=0|1 (default: where nvcc is found),
+CISC_CUDA_ARCHS (such as "8.0;9.0a;9.0+PTX"), CISC_DEBUG=1 (-O0 -g), CXX, CUDA_HOME.
+Objects are kept in build/objects under the hash of all that goes into them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import NoReturn
+
+from setuptools import Extension, setup
+from setuptools.command.build import build
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
+OBJECTS = ROOT / "build" / "objects"
+
+TORCH_TARGET = "0x020a000000000000"  # the oldest torch that the operators load on: 2.10
+CUDA_ARCHS = "7.5;8.0;8.9;9.0a;9.0+PTX"
+# Flags by the ending of a source's name; such a file's code runs only where the CPU has them.
+INSTRUCTION_SETS = {
+    "_avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "_avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
+}
+
+
+def stop(message: str) -> NoReturn:
+    """End the build with one line."""
+    sys.exit(f"cisc_ext: {message}")
+
+
+def flag(env: Mapping[str, str], name: str) -> bool | None:
+    """Value of a 0|1 variable, None where it is unset or empty."""
+    value = env.get(name, "")
+    if value not in ("", "0", "1"):
+        stop(f"{name} must be 0 or 1, got {value!r}")
+    return value == "1" if value else None
+
+
+def parse_archs(text: str) -> tuple[list[str], list[str]]:
+    """Chip names and nvcc -gencode flags of a list such as "8.0;9.0a;9.0+PTX".
+
+    X.Y+PTX adds PTX of that chip, and its code unless X.Ya, which runs on the same chip, is listed too.
+    """
+    entries = [entry for entry in re.split(r"[;, ]+", text) if entry]
+    if not entries:
+        stop("CISC_CUDA_ARCHS must name at least one chip, got an empty list")
+    parsed: list[tuple[int, str, bool]] = []
+    for entry in entries:
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
+        if match is None:
+            stop(f"CISC_CUDA_ARCHS must be a list such as {CUDA_ARCHS!r}, got {entry!r}")
+        number = int(match[1]) * 10 + int(match[2])
+        if number < 75:
+            stop(f"CISC_CUDA_ARCHS: the oldest chip that has kernels is 7.5, got {entry!r}")
+        parsed.append((number, match[3], match[4] is not None))
+    special = {number for number, suffix, _ in parsed if suffix}
+    chips: list[str] = []
+    for number, suffix, ptx in parsed:
+        if suffix or not (ptx and number in special):
+            chips.append(f"sm_{number}{suffix}")
+        if ptx:
+            chips.append(f"compute_{number}{suffix}")
+    chips = list(dict.fromkeys(chips))
+    return chips, [f"-gencode=arch={chip.replace('sm_', 'compute_')},code={chip}" for chip in chips]
+
+
+def run(command: list[str]) -> str:
+    """Standard output and error of a command that must succeed."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        stop(f"{shlex.join(command)} failed: {(done.stdout.strip().splitlines() or ['no output'])[-1]}")
+    return done.stdout
+
+
+def find_cxx(env: Mapping[str, str]) -> list[str]:
+    """Command of the C++ compiler: CXX, else the first found of g++, c++, clang++."""
+    asked = shlex.split(env.get("CXX", ""))
+    names = asked[:1] or ["g++", "c++", "clang++"]
+    for name in names:
+        found = shutil.which(name, path=env.get("PATH", ""))
+        if found:
+            return [found, *asked[1:]]
+    stop(
+        f"no C++ compiler: {', '.join(names)} not found on PATH"
+        " (CXX names another; CISC_CPP=0 builds without)"
+    )
+
+
+def find_nvcc(env: Mapping[str, str]) -> str | None:
+    """Path of nvcc: under CUDA_HOME, else on PATH, else in the usual folder."""
+    if env.get("CUDA_HOME"):
+        return shutil.which("nvcc", path=str(Path(env["CUDA_HOME"]) / "bin"))
+    return shutil.which("nvcc", path=env.get("PATH", "")) or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+@dataclass(frozen=True)
+class Cuda:
+    """What to do about CUDA: compile `sources` with `nvcc`, or nothing because of `left_out`."""
+
+    nvcc: str = ""
+    version: str = ""
+    chips: tuple[str, ...] = ()
+    gencode: tuple[str, ...] = ()
+    sources: tuple[Path, ...] = ()
+    left_out: str = ""
+
+
+def decide_cuda(env: Mapping[str, str], csrc: Path = CSRC) -> Cuda:
+    """Choose once, with the reason."""
+    asked = flag(env, "CISC_CUDA")
+    chips, gencode = parse_archs(env.get("CISC_CUDA_ARCHS") or CUDA_ARCHS)
+    if asked is False:
+        return Cuda(left_out="CISC_CUDA=0")
+    nvcc = find_nvcc(env)
+    if nvcc is None:
+        if asked:
+            stop("CISC_CUDA=1, but nvcc was found neither in CUDA_HOME/bin nor on PATH")
+        return Cuda(left_out="nvcc not found")
+    sources = tuple(sorted(csrc.glob("*.cu")))
+    if not sources:
+        return Cuda(left_out="no CUDA sources")
+    version = next(line for line in run([nvcc, "--version"]).splitlines() if "release" in line)
+    return Cuda(nvcc, version, tuple(chips), tuple(gencode), sources)
+
+
+@cache
+def torch_folder() -> tuple[Path, str]:
+    """Folder and version of the torch to build against, without importing it."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        stop("torch is not installed here: install torch>=2.10, and build with --no-build-isolation")
+    version = importlib.metadata.version("torch")
+    if tuple(int(part) for part in version.split(".")[:2]) < (2, 10):
+        stop(f"torch must be 2.10 or newer, got {version}")
+    return Path(spec.origin).parent, version
+
+
+@cache
+def closure(source: Path) -> tuple[Path, ...]:
+    """A source and the csrc headers that it includes, directly or not, in the order met."""
+    found = {source: None}
+    pending = [source]
+    while pending:
+        here = pending.pop()
+        for name in re.findall(r'^\s*#\s*include\s+"([^"]+)"', here.read_text(), re.MULTILINE):
+            header = here.parent / name
+            if header.is_file() and header not in found:
+                found[header] = None
+                pending.append(header)
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One command that makes one file of build/objects; $in and $out stand for the files."""
+
+    command: tuple[str, ...]
+    inputs: tuple[Path, ...]
+    suffix: str
+    identity: str  # what else the result depends on: compiler and torch versions
+
+    def output(self) -> Path:
+        """Path under the hash of command, sources with their headers, and versions."""
+        digest = hashlib.sha256(repr((self.command, self.identity)).encode())
+        for path in self.inputs:
+            if path.parent == OBJECTS:  # already named by its content
+                digest.update(path.name.encode())
+                continue
+            for file in closure(path):
+                digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+        return OBJECTS / f"{self.inputs[0].stem.split('.')[0]}.{digest.hexdigest()[:24]}{self.suffix}"
+
+    def line(self) -> str:
+        """Shell command; the file appears whole or not at all."""
+        output = self.output()
+        words = {"$in": shlex.join(str(path) for path in self.inputs), "$out": shlex.quote(f"{output}.part")}
+        command = " ".join(words.get(word) or shlex.quote(word) for word in self.command)
+        return f"{command} && mv {shlex.quote(f'{output}.part')} {shlex.quote(str(output))}"
+
+
+class Builder:
+    """Commands of both libraries on this machine."""
+
+    def __init__(self, env: Mapping[str, str]) -> None:
+        self.cuda = decide_cuda(env)
+        self.debug = bool(flag(env, "CISC_DEBUG"))
+        self.env = env
+        self.cxx = find_cxx(env)
+        self.compiler = run([*self.cxx, "--version"]).splitlines()[0]
+        self.torch, self.torch_version = torch_folder()
+        self.optimize = ["-O0", "-g"] if self.debug else ["-O3", "-DNDEBUG"]
+        self.sources = sorted(path for path in CSRC.glob("*.cpp") if path.name != "module.cpp")
+        x86 = os.uname().machine == "x86_64"
+        if not x86:
+            self.sources = [path for path in self.sources if not self.extra_flags(path)]
+        self.compiled = 0
+        self.reused = 0
+
+    @staticmethod
+    def extra_flags(source: Path) -> list[str]:
+        return next((f for end, f in INSTRUCTION_SETS.items() if source.stem.endswith(end)), [])
+
+    @property
+    def flags(self) -> list[str]:
+        # Neither changes a value: no trap handler and no errno is ever looked at, so selections vectorise.
+        arithmetic = ["-fno-trapping-math", "-fno-math-errno", "-fopenmp-simd"]
+        return ["-std=c++17", *self.optimize, *arithmetic, "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+
+    def make(self, jobs: list[Job]) -> list[Path]:
+        """Run the jobs whose outputs are not there yet, in parallel."""
+        outputs = [job.output() for job in jobs]
+        missing = {output: job for output, job in zip(outputs, jobs, strict=True) if not output.exists()}
+        self.compiled += len(missing)
+        self.reused += len(set(outputs)) - len(missing)
+        if not missing:
+            return outputs
+        ninja = shutil.which("ninja", path=f"{Path(sys.executable).parent}:{self.env.get('PATH', '')}")
+        if ninja is None:
+            stop("ninja was not found: pip install ninja")
+        OBJECTS.mkdir(parents=True, exist_ok=True)
+        text = ["rule run", "  command = $line", "  description = $out"]
+        for output, job in missing.items():
+            name = str(output).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+            text += [f"build {name}: run", f"  line = {job.line().replace('$', '$$')}"]
+        plan = OBJECTS / f"{os.getpid()}.ninja"
+        plan.write_text("\n".join(text) + "\n")
+        try:
+            if subprocess.run([ninja, "-f", str(plan)], cwd=OBJECTS).returncode:
+                stop("compiling failed: see the first error above")
+        finally:
+            plan.unlink()
+        return outputs
+
+    def ops(self) -> Path:
+        """The operator library; needs no Python and runs on torch 2.10 and newer."""
+        stable = ["-DTORCH_STABLE_ONLY", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
+        stable += ["-DUSE_CUDA"] if self.cuda.sources else []
+        include = ["-isystem", str(self.torch / "include")]
+        identity = f"{self.compiler} torch {self.torch_version}"
+        jobs = []
+        for source in self.sources:
+            command = [*self.cxx, *self.flags, *self.extra_flags(source), *stable, *include]
+            jobs.append(Job((*command, "-c", "$in", "-o", "$out"), (source,), ".o", identity))
+        link: list[str] = []
+        if self.cuda.sources:
+            nvcc = [self.cuda.nvcc, "-std=c++17", *(["-O0", "-g"] if self.debug else ["-O3", "-lineinfo"])]
+            nvcc += ["--expt-relaxed-constexpr", "-ccbin", self.cxx[-1], *self.cuda.gencode]
+            nvcc += ["-Xcompiler=-fPIC", "-Xcompiler=-fvisibility=hidden", *stable, *include]
+            for source in self.cuda.sources:
+                command = [*nvcc, "-c", "$in", "-o", "$out"]
+                jobs.append(Job(tuple(command), (source,), ".o", f"{identity} {self.cuda.version}"))
+            link = [f"-L{folder}" for folder in cuda_libraries(self.cuda.nvcc)]
+            link += ["-lcudart_static", "-lrt", "-lpthread", "-ldl"]
+        objects = self.make(jobs)
+        command = [*self.cxx, "-shared", "$in", "-o", "$out", f"-L{self.torch / 'lib'}", "-Wl,-z,defs"]
+        # libtorch registers the operators: without its NEEDED entry the library would not load.
+        command += ["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed", "-ltorch_cpu", *link]
+        return self.make([Job(tuple(command), tuple(objects), ".so", identity)])[0]
+
+    def module(self) -> Path:
+        """The pybind11 module, which holds what was built."""
+        python = sysconfig.get_path("include")
+        if not (Path(python) / "Python.h").is_file():
+            stop(
+                f"Python.h not found in {python}: install the headers of this Python"
+                " (CISC_CPP=0 builds without)"
+            )
+        pybind11 = importlib.util.find_spec("pybind11")
+        if pybind11 is None or pybind11.origin is None:
+            stop("pybind11 was not found: pip install pybind11")
+        sets = ["baseline"]
+        sets += sorted({end[1:] for s in self.sources for end in INSTRUCTION_SETS if s.stem.endswith(end)})
+        facts = {
+            "COMPILER": self.compiler,
+            "FLAGS": " ".join(self.flags),
+            "INSTRUCTION_SETS": " ".join(sets),
+            "TORCH": self.torch_version,
+            "TORCH_TARGET": f"{int(TORCH_TARGET, 16) >> 56}.{int(TORCH_TARGET, 16) >> 48 & 255}",
+            "CUDA_COMPILER": self.cuda.version,
+            "CUDA_CHIPS": " ".join(self.cuda.chips),
+            "LEFT_OUT": f"CUDA: {self.cuda.left_out}" if self.cuda.left_out else "",
+        }
+        defines = [f'-DCISC_{name}="{value}"' for name, value in facts.items()]
+        include = ["-isystem", python, "-isystem", str(Path(pybind11.origin).parent / "include")]
+        command = [*self.cxx, *self.flags, *defines, *include, "-c", "$in", "-o", "$out"]
+        identity = f"{self.compiler} pybind11 {importlib.metadata.version('pybind11')}"
+        objects = self.make([Job(tuple(command), (CSRC / "module.cpp",), ".o", identity)])
+        link = [*self.cxx, "-shared", "$in", "-o", "$out"]
+        return self.make([Job(tuple(link), tuple(objects), ".so", identity)])[0]
+
+
+def cuda_libraries(nvcc: str) -> list[str]:
+    """Folders of the CUDA runtime, as nvcc itself links it."""
+    listed = re.search(r"^#\$ LIBRARIES=(.*)$", run([nvcc, "--dryrun", "-x", "cu", os.devnull]), re.MULTILINE)
+    folders = [word[2:] for word in shlex.split(listed[1]) if word.startswith("-L")] if listed else []
+    if not any((Path(folder) / "libcudart_static.a").is_file() for folder in folders):
+        stop(f"libcudart_static.a was not found in the folders that {nvcc} names")
+    return folders
+
+
+class Build(build):
+    """Starts from an empty folder: what an earlier build left there would end in the wheel."""
+
+    def run(self) -> None:
+        """Empty the folder, then build."""
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+
+class BuildExt(build_ext):
+    """Builds by ninja instead of setuptools' own compiler classes."""
+
+    builder: Builder
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """Name the operator library without a Python tag: it is of no Python."""
+        filename = super().get_ext_filename(fullname)
+        return str(Path(filename).with_name("_ops.so")) if fullname.split(".")[-1] == "_ops" else filename
+
+    def build_extensions(self) -> None:
+        """Build both libraries, and say what is in and what was left out."""
+        self.builder = Builder(os.environ)
+        super().build_extensions()
+        cuda = self.builder.cuda
+        print(f"cisc_ext: {self.builder.compiled} compiled or linked, {self.builder.reused} reused")
+        if cuda.left_out:
+            print(f"cisc_ext: CUDA left out: {cuda.left_out}")
+        else:
+            print(f"cisc_ext: CUDA for {' '.join(cuda.chips)} by {cuda.version}")
+
+    def build_extension(self, ext: Extension) -> None:
+        """Copy the library to where setuptools expects it, replacing an old one at once."""
+        made = self.builder.ops() if ext.name.endswith("._ops") else self.builder.module()
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        beside = target.with_name(f".{target.name}.{os.getpid()}")
+        shutil.copy2(made, beside)
+        os.replace(beside, target)
+
+
+def extensions(env: Mapping[str, str]) -> list[Extension]:
+    """Both libraries, or none for CISC_CPP=0."""
+    if flag(env, "CISC_CPP") is False:
+        print("cisc_ext: C++ left out: CISC_CPP=0")
+        return []
+    names = sorted(path.relative_to(ROOT).as_posix() for path in CSRC.iterdir())
+    sources = [name for name in names if name.endswith((".cpp", ".cu")) and name != "csrc/module.cpp"]
+    headers = [name for name in names if name.endswith((".h", ".cuh"))]
+    return [
+        Extension("cisc_ext._ops", sources, depends=headers),
+        Extension("cisc_ext._build", ["csrc/module.cpp"], depends=headers),
+    ]
+
+
+if __name__ == "__main__":
+    setup(ext_modules=extensions(os.environ), cmdclass={"build": Build, "build_ext": BuildExt})

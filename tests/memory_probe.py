@@ -1,0 +1,135 @@
+"""Prints, as JSON, the extra memory in MiB of every operator and implementation at sizes of real crops.
+
+A process of its own, whose environment makes the measurement exact: test_ops_memory.py runs it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.measure import peak_extra_mib
+from cisc_ext.ops.registry import OPERATORS
+
+MIB = 2**20
+
+
+def _labels(*shape: int, classes: int = 19) -> Tensor:
+    """Patches of 16 x 16 pixels of one class, one in ten ignored."""
+    small = torch.randint(0, classes, (*shape[:-2], shape[-2] // 16 + 1, shape[-1] // 16 + 1))
+    small[torch.rand(small.shape) < 0.1] = 255
+    large = small.to(torch.uint8).repeat_interleave(16, -2).repeat_interleave(16, -1)
+    return large[..., : shape[-2], : shape[-1]].contiguous()
+
+
+def _pool(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    features = torch.randn(2, 256, 181, 181, dtype=dtype)
+    return {
+        "features": features,
+        "labels": _labels(2, 721, 721),
+        "classes": torch.tensor([[1, 2, 3, -1]] * 2),
+    }
+
+
+def _prototypes() -> dict[str, Any]:
+    return {"query": torch.randn(2, 256, 181, 181), "prototypes": torch.randn(2, 19, 256)}
+
+
+def _cross(reduction: str, own: bool = False, size: tuple[int, int] = (80, 80), k: int = 8) -> dict[str, Any]:
+    labels = _labels(2, 1, 381, 381, classes=4)
+    rest = {"query_labels": labels[1]} if own else {"classes": torch.tensor([[0, 2]])}
+    query, guide = torch.randn(2, 1, 128, *size).unbind()
+    return {"query": query, "guide": guide, "guide_labels": labels[0], "reduction": reduction, "k": k, **rest}
+
+
+def _maps() -> dict[str, Any]:
+    classes = torch.arange(4).repeat(2, 1)
+    return {"similarity": torch.rand(2, 4, 181, 181), "labels": _labels(2, 721, 721), "classes": classes}
+
+
+def _rectified(**more: Any) -> dict[str, Any]:
+    maps = {"similarity": torch.rand(2, 3, 181, 181), "classes": torch.arange(3).repeat(2, 1)}
+    return {"logits": torch.randn(2, 19, 181, 181), "labels": _labels(2, 721, 721), **maps, **more}
+
+
+def _predict() -> dict[str, Any]:
+    logits = torch.randn(1, 19, 256, 512)
+    return {"logits": logits, "size": (1024, 2048), "labels": _labels(1, 1024, 2048)}
+
+
+REDUCTIONS = ("max", "topk", "softmax", "mean")
+SIZES: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
+    "masked_average_pool": ("masked_average_pool", _pool),
+    "masked_average_pool-bfloat16": ("masked_average_pool", lambda: _pool(torch.bfloat16)),
+    "prototype_similarity": ("prototype_similarity", _prototypes),
+    **{f"cross_similarity-{r}": ("cross_similarity", partial(_cross, r)) for r in REDUCTIONS},
+    "cross_similarity-own": ("cross_similarity", lambda: _cross("softmax", own=True)),
+    "cross_similarity-one_row": ("cross_similarity", lambda: _cross("max", size=(1, 6400))),
+    "cross_similarity-large_k": ("cross_similarity", lambda: _cross("topk", size=(12, 64), k=700)),
+    "map_consistency": ("map_consistency", _maps),
+    "rectified_cross_entropy": ("rectified_cross_entropy", _rectified),
+    "rectified_cross_entropy-none": ("rectified_cross_entropy", lambda: _rectified(reduction="none")),
+    "rectified_cross_entropy-ohem": ("rectified_cross_entropy", lambda: _rectified(ohem_threshold=0.7)),
+    "predict": ("predict", _predict),
+}
+
+
+def _saved_mib(name: str, inputs: dict[str, Any]) -> float:
+    """The index of "max", the winners N*S*k of "topk", the log totals of "softmax"."""
+    if name != "cross_similarity":
+        return 0.0
+    slots = inputs["classes"].shape[1] if "classes" in inputs else 1
+    each = {"max": 8, "topk": 8 * inputs.get("k", 0), "softmax": 4, "mean": 0}[inputs["reduction"]]
+    return inputs["query"].shape[2] * inputs["query"].shape[3] * slots * each / MIB
+
+
+def extra_mib(name: str, impl: str, inputs: dict[str, Any]) -> float:
+    """Forward and backward, without inputs, outputs, gradients and what was saved of the winners."""
+    operator = OPERATORS[name]
+
+    def step() -> list[Tensor]:
+        leaves = {
+            key: value.detach().requires_grad_() if key in operator.differentiable else value
+            for key, value in inputs.items()
+        }
+        result = operator.function(**leaves, impl=impl)
+        kept = [value for value in (result if isinstance(result, tuple) else (result,)) if value is not None]
+        if operator.differentiable:
+            kept[0].sum().backward()
+            kept += [leaves[key].grad for key in operator.differentiable]
+        return kept
+
+    return peak_extra_mib(step, warm_up=False) - _saved_mib(name, inputs)
+
+
+def self_test() -> dict[str, float]:
+    """The measurement itself: 40 MiB held for a moment, and 40 MiB returned."""
+    return {
+        "held": peak_extra_mib(lambda: torch.ones(40 * 2**18).sum()),
+        "returned": peak_extra_mib(lambda: torch.ones(40 * 2**18)),
+    }
+
+
+def main() -> None:
+    result = self_test()
+    for operator in OPERATORS.values():  # loads libraries
+        for one in operator.implementations:
+            inputs = {
+                key: value.float() if key in operator.features else value
+                for key, value in next(operator.samples()).inputs.items()
+            }
+            extra_mib(operator.name, one.name, inputs)
+    for key, (name, make) in SIZES.items():
+        for one in OPERATORS[name].implementations:
+            torch.manual_seed(0)
+            result[f"{key}-{one.name}"] = extra_mib(name, one.name, make())
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

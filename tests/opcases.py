@@ -1,0 +1,122 @@
+"""Every operator x implementation x sample of the registry, and how a test runs one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cisc_ext.ops.registry import OPERATORS, Implementation, Operator, Sample
+
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.cuda,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+        ],
+    ),
+]
+SAMPLES = {
+    (name, sample.name): sample for name, operator in OPERATORS.items() for sample in operator.samples()
+}
+RUNS = [
+    pytest.param(operator, implementation, id=f"{operator.name}-{implementation.name}")
+    for operator in OPERATORS.values()
+    for implementation in operator.implementations
+]
+CASES = [
+    pytest.param(operator, implementation, sample, id=f"{operator.name}-{implementation.name}-{sample.name}")
+    for operator in OPERATORS.values()
+    for implementation in operator.implementations
+    for sample in operator.samples()
+]
+
+
+def dtype_choices(operator: Operator) -> Iterator[tuple[torch.dtype, ...]]:
+    """Dtypes of `operator.features`: all alike in each precision, then mixed."""
+    low = (torch.float32, torch.bfloat16, torch.float16)
+    for dtype in low:
+        yield (dtype,) * len(operator.features)
+    if len(operator.features) == 2:
+        yield from (
+            (torch.float32, torch.bfloat16),
+            (torch.float16, torch.float32),
+            (torch.bfloat16, torch.float16),
+        )
+
+
+def cast(
+    operator: Operator, sample: Sample, dtypes: tuple[torch.dtype, ...], device: str = "cpu"
+) -> dict[str, Any]:
+    """A sample's inputs in `dtypes` on `device`."""
+    of = dict(zip(operator.features, dtypes, strict=True))
+    return {
+        name: value.to(device=device, dtype=of.get(name, value.dtype)) if isinstance(value, Tensor) else value
+        for name, value in sample.inputs.items()
+    }
+
+
+def as_dtype(inputs: dict[str, Any], dtype: torch.dtype, device: str | None = None) -> dict[str, Any]:
+    """The same inputs with all floating-point tensors in `dtype`."""
+    return {
+        name: value.detach().to(
+            device=device or value.device, dtype=dtype if value.is_floating_point() else None
+        )
+        if isinstance(value, Tensor)
+        else value
+        for name, value in inputs.items()
+    }
+
+
+def skip_unless_able(operator: Operator, implementation: Implementation, inputs: dict[str, Any]) -> None:
+    """Skip, with the reasons, what this implementation cannot run here."""
+    from cisc_ext.ops.registry import Call
+
+    features = [inputs[name] for name in operator.features if isinstance(inputs.get(name), Tensor)]
+    reasons = implementation.obstacles(Call(features[0].device.type, tuple(f.dtype for f in features)))
+    if reasons:
+        pytest.skip("; ".join(reasons))
+
+
+def cotangent(like: Tensor) -> Tensor:
+    """cos(0), cos(1), ...: what the goldens use."""
+    return torch.arange(like.numel(), dtype=torch.float64).cos().view(like.shape).to(like)
+
+
+def run(
+    function: Callable[..., Any], inputs: dict[str, Any], differentiable: tuple[str, ...], **more: Any
+) -> dict[str, Tensor]:
+    """Outputs as output0, output1, ... and gradients as grad_<input> of sum(output0 * cotangent)."""
+    leaves = {
+        name: value.detach().requires_grad_(name in differentiable and value.is_floating_point())
+        if isinstance(value, Tensor)
+        else value
+        for name, value in inputs.items()
+    }
+    result = function(**leaves, **more)
+    outputs = result if isinstance(result, tuple) else (result,)
+    named = {f"output{i}": value.detach() for i, value in enumerate(outputs) if value is not None}
+    if differentiable:
+        outputs[0].backward(cotangent(outputs[0]))
+        for name in differentiable:
+            grad = leaves[name].grad
+            named[f"grad_{name}"] = torch.zeros_like(leaves[name]) if grad is None else grad.detach()
+    return named
+
+
+def run_operator(operator: Operator, inputs: dict[str, Any], impl: str | None) -> dict[str, Tensor]:
+    return run(operator.function, inputs, operator.differentiable, impl=impl)
+
+
+def reference(operator: Operator, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """The float64 reference on the CPU, from the very values of `inputs`."""
+    return run_operator(operator, as_dtype(inputs, torch.float64, "cpu"), "reference")
+
+
+def is_empty(inputs: dict[str, Any]) -> bool:
+    return any(isinstance(value, Tensor) and value.numel() == 0 for value in inputs.values())

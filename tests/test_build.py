@@ -1,0 +1,321 @@
+"""The build: what it makes, what it leaves out and says so, and the compiled operator against plain torch."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from cisc_ext.ops import _library
+
+ROOT = Path(__file__).resolve().parents[1]
+EPS = 5e-4
+
+compiled = pytest.mark.skipif(not _library.LOADED, reason=f"no compiled operators: {_library.REASON}")
+
+
+@pytest.fixture(scope="module")
+def setup_py() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("cisc_setup", ROOT / "setup.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what setup.py reads, with an empty object cache."""
+    folder = tmp_path_factory.mktemp("tree")
+    for name in ("setup.py", "pyproject.toml", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    (folder / "README.md").write_text("readme\n")
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    (folder / "cisc_ext").mkdir()
+    shutil.copy(ROOT / "cisc_ext" / "__init__.py", folder / "cisc_ext")
+    return folder
+
+
+def build(folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    settings = {key: value for key, value in os.environ.items() if not key.startswith("CISC_")}
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    return subprocess.run(
+        command, cwd=folder, env=settings | env, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_objects_are_reused_by_content(tree: Path) -> None:
+    env = {"CISC_CUDA": "0", "CISC_DEBUG": "1"}
+    first = build(tree, **env)
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert re.search(r"cisc_ext: \d+ compiled or linked, 0 reused", first.stdout)
+    assert "cisc_ext: CUDA left out: CISC_CUDA=0" in first.stdout
+    assert (tree / "cisc_ext" / "_ops.so").is_file()
+    assert len(list((tree / "cisc_ext").glob("_build.*.so"))) == 1
+
+    for path in (tree / "csrc").iterdir():
+        os.utime(path)
+    assert "cisc_ext: 0 compiled or linked" in build(tree, **env).stdout
+
+    header = tree / "csrc" / "bilinear.h"
+    header.write_text(header.read_text() + "// changed\n")
+    third = build(tree, **env).stdout
+    users = [path for path in (tree / "csrc").glob("*.cpp") if '"bilinear.h"' in path.read_text()]
+    assert f"cisc_ext: {len(users) + 1} compiled or linked" in third, third
+    assert "module." not in third
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        (
+            {"CISC_CUDA": "1", "CUDA_HOME": "/nowhere"},
+            "CISC_CUDA=1, but nvcc was found neither in CUDA_HOME/bin",
+        ),
+        ({"CISC_CUDA": "yes"}, "CISC_CUDA must be 0 or 1, got 'yes'"),
+        ({"CISC_CUDA_ARCHS": "8.0;sm90"}, "CISC_CUDA_ARCHS must be a list such as .*, got 'sm90'"),
+        ({"CISC_CUDA_ARCHS": "7.0"}, "the oldest chip that has kernels is 7.5, got '7.0'"),
+        ({"PATH": "/nowhere", "CISC_CUDA": "0"}, "no C\\+\\+ compiler"),
+    ],
+)
+def test_refusals_are_one_line(tree: Path, env: dict[str, str], message: str) -> None:
+    done = build(tree, **env)
+    assert done.returncode != 0
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert re.search(rf"^cisc_ext: .*{message}", done.stderr)
+
+
+def test_pure_python(tree: Path) -> None:
+    done = build(tree, CISC_CPP="0", PATH="/nowhere")
+    assert done.returncode == 0, done.stderr
+    assert "C++ left out: CISC_CPP=0" in done.stdout
+
+
+def test_chip_list(setup_py: ModuleType) -> None:
+    chips, flags = setup_py.parse_archs(setup_py.CUDA_ARCHS)
+    assert chips == ["sm_75", "sm_80", "sm_89", "sm_90a", "compute_90"]
+    assert flags[0] == "-gencode=arch=compute_75,code=sm_75"
+    assert flags[-2:] == ["-gencode=arch=compute_90a,code=sm_90a", "-gencode=arch=compute_90,code=compute_90"]
+    assert setup_py.parse_archs("8.6+PTX, 12.0")[0] == ["sm_86", "compute_86", "sm_120"]
+
+
+def test_cuda_choice_says_why(setup_py: ModuleType, tmp_path: Path) -> None:
+    assert setup_py.decide_cuda({"CISC_CUDA": "0"}).left_out == "CISC_CUDA=0"
+    assert setup_py.decide_cuda({"CUDA_HOME": "/nowhere"}).left_out == "nvcc not found"
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.0, V13.0.88'\n")
+    nvcc.chmod(0o755)
+    assert setup_py.decide_cuda({"CUDA_HOME": str(tmp_path)}, tmp_path).left_out == "no CUDA sources"
+    (tmp_path / "new_cuda.cu").touch()
+    cuda = setup_py.decide_cuda({"CUDA_HOME": str(tmp_path)}, tmp_path)
+    assert (cuda.left_out, [path.name for path in cuda.sources]) == ("", ["new_cuda.cu"])
+
+
+@compiled
+@pytest.mark.skipif(shutil.which("nm") is None, reason="no binutils")
+def test_only_the_stable_abi() -> None:
+    """Of torch only C functions are used; the library asks for libtorch, or it would not load."""
+    names = subprocess.run(
+        ["nm", "-D", "-C", "--undefined-only", _library.PATH], capture_output=True, text=True
+    )
+    assert names.returncode == 0
+    symbols = [line.split(maxsplit=1)[1] for line in names.stdout.splitlines() if line.split()[0] == "U"]
+    assert any(symbol.startswith("aoti_torch_") for symbol in symbols)
+    foreign = [symbol for symbol in symbols if re.search(r"\b(c10|at|torch)::|\bPy[A-Z_]|^_?Py", symbol)]
+    assert foreign == []
+    needed = subprocess.run(["readelf", "-d", _library.PATH], capture_output=True, text=True).stdout
+    assert "[libtorch.so]" in needed
+    assert "libpython" not in needed and "libtorch_python" not in needed
+
+
+@compiled
+def test_built_info() -> None:
+    from cisc_ext import _build
+
+    info = _build.info()
+    assert info["torch_target"] == "2.10"
+    assert "baseline" in info["instruction_sets"]
+    assert bool(info["cuda_chips"]) != bool(info["left_out"])
+    sizes = [
+        (256, 181, 181, 1),
+        (256, 181, 181, 21),
+        (2048, 4096, 4096, 19),
+        (1, 1, 1 << 27, 1),
+        (4096, 7, 7, 65536),
+    ]
+    for size in sizes:
+        assert 0 < _build.masked_average_pool_bytes(*size) <= 64 << 20, size
+    with pytest.raises(ValueError, match="at most 65536 classes"):
+        _build.masked_average_pool_bytes(1, 1, 1, 65537)
+
+
+def plain(features: Tensor, labels: Tensor, classes: Tensor) -> Tensor:
+    """Upsample, mask, average: features [B,C,h,w], labels [B,H,W], classes [B,S] -> [B,S,C]."""
+    upsampled = functional.interpolate(features, labels.shape[-2:], mode="bilinear", align_corners=False)
+    mask = (labels[:, None] == classes[:, :, None, None]) & (classes >= 0)[:, :, None, None]
+    sums = torch.einsum("bchw,bshw->bsc", upsampled, mask.to(features))
+    return sums / (mask.sum((2, 3))[..., None] + EPS)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x.contiguous(),
+    "channels-last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "every-second": lambda x: torch.stack([x, torch.full_like(x, torch.nan)], -1).flatten(-2)[..., ::2],
+}
+
+SHAPES = [  # B, C, h, w, H, W, S, number of classes
+    (2, 5, 7, 9, 28, 30, 3, 4),
+    (1, 70, 13, 17, 5, 6, 2, 2),
+    (2, 3, 33, 33, 129, 129, 4, 21),
+    (1, 130, 1, 1, 9, 9, 2, 2),
+    (3, 4, 10, 33, 41, 1100, 5, 600),
+]
+
+
+@compiled
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_against_float64(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> None:
+    b, c, h, w, height, width, s, k = shape
+    features = LAYOUTS[layout](torch.randn(b, c, h, w).to(dtype))
+    label_dtype = torch.uint8 if k <= 256 else torch.int32
+    labels = torch.randint(0, k, (b, width, height)).to(label_dtype).transpose(1, 2)
+    classes = torch.randint(-1, min(k, 300), (b, s))
+    exact = features.double().requires_grad_()
+    expected = plain(exact, labels, classes)
+    grad = torch.randn(b, s, c)
+    expected.backward(grad.double())
+    assert exact.grad is not None
+
+    result = torch.ops.cisc_ext.masked_average_pool(features, labels, classes, EPS)
+    assert result.dtype == torch.float32
+    lost = (plain(features.float(), labels, classes) - expected).abs().max().item()
+    band = 4 * torch.finfo(torch.float32).eps * plain(exact.abs(), labels, classes).max().item()
+    assert (result - expected).abs().max().item() <= 2 * lost + band
+
+    gradient = torch.ops.cisc_ext.masked_average_pool_backward(grad, labels, classes, h, w, EPS, dtype)
+    assert gradient.dtype == dtype and gradient.is_contiguous()
+    rounding = (
+        torch.finfo(dtype).eps * exact.grad.abs() + torch.finfo(torch.float32).eps * exact.grad.abs().max()
+    )
+    tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    assert ((gradient.double() - exact.grad).abs() <= rounding + tiny).all()
+
+
+@compiled
+def test_pieces_of_a_large_grid() -> None:
+    """A grid whose weights do not fit the workspace at once is summed piece by piece."""
+    classes = torch.arange(4096)[None]
+    labels = torch.randint(0, 4096, (1, 90, 130))
+    features = torch.randn(1, 3, 45, 65)
+    exact = features.double().requires_grad_()
+    expected = torch.stack([plain(exact, labels, part)[0] for part in classes.split(512, 1)], 0).reshape(
+        1, -1, 3
+    )
+    result = torch.ops.cisc_ext.masked_average_pool(features, labels, classes, EPS)
+    torch.testing.assert_close(result.double(), expected.detach(), rtol=1e-5, atol=1e-6)
+    grad = torch.randn(1, 4096, 3)
+    expected.backward(grad.double())
+    gradient = torch.ops.cisc_ext.masked_average_pool_backward(
+        grad, labels, classes, 45, 65, EPS, torch.float32
+    )
+    torch.testing.assert_close(gradient.double(), exact.grad, rtol=1e-5, atol=1e-6)
+
+
+@compiled
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
+def test_values_that_are_not_finite_stay_in_their_class(layout: str) -> None:
+    """Left half class 0, right half class 1; a feature far to the right reaches class 1 alone."""
+    features = LAYOUTS[layout](torch.ones(1, 3, 8, 8))
+    features[0, 1, 4, 6] = torch.nan
+    features[0, 2, 4, 7] = -torch.inf
+    labels = torch.zeros(1, 32, 32, dtype=torch.int64)
+    labels[:, :, 16:] = 1
+    result = torch.ops.cisc_ext.masked_average_pool(features, labels, torch.tensor([[0, 1, -1]]), EPS)[0]
+    torch.testing.assert_close(result[0], torch.full((3,), 512 / (512 + EPS)))
+    assert result[1, 0].isfinite() and result[1, 1].isnan() and result[1, 2] == -torch.inf
+    assert (result[2] == 0).all()
+
+    grad = torch.zeros(1, 3, 1)
+    grad[0, 1] = torch.nan
+    labels_grad = torch.ops.cisc_ext.masked_average_pool_backward(
+        grad, labels, torch.tensor([[0, 1, -1]]), 8, 8, EPS, torch.float32
+    )
+    assert (labels_grad[..., :3] == 0).all() and labels_grad[..., 5:].isnan().all()
+
+
+@compiled
+def test_same_bits_for_any_number_of_threads() -> None:
+    features = torch.randn(2, 37, 40, 41)
+    labels = torch.randint(0, 5, (2, 157, 161), dtype=torch.uint8)
+    classes = torch.tensor([[0, 3, 4], [1, 1, -1]])
+    grad = torch.randn(2, 3, 37)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3, 2):
+            torch.set_num_threads(count)
+            forward = torch.ops.cisc_ext.masked_average_pool(features, labels, classes, EPS)
+            backward = torch.ops.cisc_ext.masked_average_pool_backward(
+                grad, labels, classes, 40, 41, EPS, torch.float32
+            )
+            results.append((forward, backward))
+    finally:
+        torch.set_num_threads(threads)
+    for forward, backward in results[1:]:
+        assert torch.equal(forward, results[0][0]) and torch.equal(backward, results[0][1])
+    assert torch.equal(results[0][0][1, 0], results[0][0][1, 1])
+
+
+@compiled
+def test_empty() -> None:
+    op, backward = torch.ops.cisc_ext.masked_average_pool, torch.ops.cisc_ext.masked_average_pool_backward
+    for b, c, s in [(0, 3, 2), (2, 0, 2), (2, 3, 0)]:
+        labels = torch.zeros(b, 8, 8, dtype=torch.int64)
+        classes = torch.zeros(b, s, dtype=torch.int64)
+        assert op(torch.ones(b, c, 4, 4), labels, classes, EPS).shape == (b, s, c)
+        gradient = backward(torch.ones(b, s, c), labels, classes, 4, 4, EPS, torch.float32)
+        assert gradient.shape == (b, c, 4, 4) and (gradient == 0).all()
+    none = torch.zeros(1, 0, 8, dtype=torch.int64)
+    assert (op(torch.ones(1, 3, 4, 4), none, torch.zeros(1, 2, dtype=torch.int64), EPS) == 0).all()
+
+
+F = torch.ones(2, 3, 4, 4)
+L = torch.zeros(2, 8, 8, dtype=torch.int64)
+K = torch.zeros(2, 1, dtype=torch.int64)
+
+
+@compiled
+@pytest.mark.parametrize(
+    ("features", "labels", "classes", "message"),
+    [
+        (F[0], L, K, r"features must be \[B,C,h,w\], got rank 3"),
+        (F.double(), L, K, "features must be float32, bfloat16 or float16, got Double"),
+        (F, L[0], K, r"labels must be \[B,H,W\], got rank 2"),
+        (F, L.float(), K, "labels must be uint8, int32 or int64, got Float"),
+        (F, L[:1], K, r"labels must be \[B,H,W\] with size 2 in dimension 0, got 1"),
+        (F, L, K[0], r"classes must be \[B,S\], got rank 1"),
+        (F, L, K.byte(), "classes must be int32 or int64, got Byte"),
+        (F, L, K - 2, r"classes must be -1 or a class, got -2 at \[0,0\]"),
+        (F[..., :0], L, K, "features must have at least one pixel, got 4 x 0"),
+    ],
+)
+def test_bad_arguments(features: Tensor, labels: Tensor, classes: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^masked_average_pool: {message}$"):
+        torch.ops.cisc_ext.masked_average_pool(features, labels, classes, EPS)

@@ -1,0 +1,52 @@
+"""What an operator allocates beyond inputs, outputs, gradients and saved winners is bounded."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from memory_probe import MIB, SIZES
+
+from benchmarks.measure import EXACT, can_measure
+from cisc_ext.ops.registry import EXTRA_BYTES_CPU, OPERATORS
+
+ROOT = Path(__file__).parent.parent
+UNCERTAIN_MIB = 2.0
+"""Pages are counted in batches per thread, and libraries keep a little."""
+
+CASES = [f"{key}-{one.name}" for key, (name, _) in SIZES.items() for one in OPERATORS[name].implementations]
+
+pytestmark = pytest.mark.skipif(not can_measure(), reason="needs Linux, which resets the resident peak")
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[str, float]:
+    environment = {**os.environ, **EXACT, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "memory_probe.py")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    result: dict[str, float] = json.loads(run.stdout)
+    return result
+
+
+def test_every_operator_is_measured() -> None:
+    assert {name for name, _ in SIZES.values()} == set(OPERATORS)
+
+
+def test_measure_sees_what_is_held_and_not_what_is_returned(measured: dict[str, float]) -> None:
+    assert measured["held"] == pytest.approx(40, abs=UNCERTAIN_MIB)
+    assert measured["returned"] == pytest.approx(0, abs=UNCERTAIN_MIB)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_extra_memory(case: str, measured: dict[str, float]) -> None:
+    assert measured[case] <= EXTRA_BYTES_CPU / MIB + UNCERTAIN_MIB
