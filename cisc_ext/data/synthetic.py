@@ -1,7 +1,7 @@
 """The demo's data: textured scenes with shapes, generated in code and the same everywhere.
 
-A class is a shape or, for the stripes, a texture. Its colour hints at it in some images and says nothing in
-the others; background, clutter, light, blur and noise vary, so a handful of labels covers too little of it.
+A class is an outline with a texture and a hue that scatters around its own. Size, turn, shades, backdrop,
+clutter, light, blur and noise vary, so a handful of labels covers too little of it and unlabeled images help.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter
 
 from cisc_ext.data.datasets import DATASETS, Item, Size, UInt8Array, save_label, write_list
-from cisc_ext.data.transforms import sample_rng, shift_hue
+from cisc_ext.data.transforms import sample_rng
 from cisc_ext.files import atomic_write, write_json
 
 Float32Array: TypeAlias = npt.NDArray[np.float32]
@@ -26,22 +26,20 @@ BoolArray: TypeAlias = npt.NDArray[np.bool_]
 Pattern: TypeAlias = Callable[[Float32Array, Float32Array], BoolArray]
 
 SPEC = DATASETS["demo"]
-FORMAT = 1  # raised when the same parameters give other files
+FORMAT = 2  # raised when the same parameters give other files
 MARKER = "demo.json"
 MIN_SIDE = 32
 RADIUS = (0.17, 0.24)  # smallest, of the root of the area; largest, of the short side (a quadrant holds it)
-HUE_HINT = 0.6  # probability that a shape has its class's hue
-HUE_SPREAD = 0.06  # turns, deviation
-BACKDROP_SATURATION = (0.0, 0.5)
-CAST = 0.2  # turns of hue, at most
 PERIOD = (0.35, 0.55)  # of a texture, in radii
-TILT = 0.1  # radians, deviation
-CLUTTER = (4, 12)  # lines and specks, least and below
+TILT = 0.1  # of a texture, radians, deviation
+HUE_SPREAD = 0.06  # of a class, turns, deviation
+BACKDROP_SATURATION = (0.0, 0.3)
+CLUTTER = (2, 6)  # lines and specks, least and below
 LIGHT = (0.65, 1.15)
-SENSOR_NOISE = (2, 10)
+SENSOR_NOISE = (2.0, 10.0)  # grey levels, deviation
 
-# A class: is the point inside? does it have the second colour? In coordinates relative to the circumscribed
-# circle; for the second also relative to the texture's period.
+# A class: is the point inside, in radii of the circumscribed circle? is it in the darker shade, in periods of
+# the texture?
 _SHAPES: dict[str, tuple[Pattern, Pattern]] = {
     "disc": (lambda x, y: x * x + y * y <= 0.85**2, lambda x, y: x > math.inf),
     "square": (
@@ -65,7 +63,7 @@ def generate(
     *,
     seed: int = 0,
     labeled: int = 12,
-    unlabeled: int = 96,
+    unlabeled: int = 300,
     val: int = 40,
     size: Size = (96, 96),
 ) -> Path:
@@ -182,20 +180,17 @@ def _backdrop(rng: np.random.Generator, size: Size) -> Float32Array:
 def _fill(rng: np.random.Generator, size: Size, label: int, second: BoolArray) -> Float32Array:
     """What a shape is filled with, [H,W,3]: two shades of one hue, the darker where `second` [H,W] is set."""
     hue = (label - 1) / len(_SHAPES) + float(rng.normal(0, HUE_SPREAD))
-    if rng.random() >= HUE_HINT:
-        hue = float(rng.random())
     fill = np.zeros((size[1], size[0], 3), np.float32) + _colour(rng, hue, (0.4, 0.8))
     fill[second] *= float(rng.uniform(0.3, 0.5))
     return fill + float(rng.uniform(3, 14)) * _noise(rng, size, int(rng.integers(4, 24)))
 
 
 def _photographed(rng: np.random.Generator, image: Float32Array) -> UInt8Array:
-    """The scene under uneven light and a colour cast, a little out of focus, with the noise of a sensor."""
+    """The scene under uneven light, a little out of focus, with the noise of a sensor."""
     height, width = image.shape[:2]
     x, _ = _coordinates((width, height), width / 2, height / 2, width / 2, float(rng.uniform(0, 2 * math.pi)))
     light = float(rng.uniform(*LIGHT)) * (1 + float(rng.uniform(0, 0.35)) * x[..., None])
     picture = Image.fromarray(np.clip(image * light, 0, 255).astype(np.uint8))
-    picture = shift_hue(picture, float(rng.uniform(-CAST, CAST)))
     picture = picture.filter(ImageFilter.GaussianBlur(float(rng.uniform(0.2, 0.9))))
     noise = rng.normal(0, float(rng.uniform(*SENSOR_NOISE)), image.shape)
     return np.clip(np.asarray(picture) + noise, 0, 255).astype(np.uint8)
