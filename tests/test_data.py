@@ -43,11 +43,6 @@ from cisc_ext.data.datasets import (
 from cisc_ext.data.transforms import Augment, Strong, sample_rng
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-
-
 def test_specs_hold_the_published_numbers() -> None:
     sizes = {name: (s.num_classes, s.crop_size, s.base_size, s.background) for name, s in DATASETS.items()}
     assert sizes == {

@@ -43,11 +43,6 @@ from cisc_ext.data.pairs import (
 from cisc_ext.data.transforms import Augment, Strong
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-
-
 def same(a: Batch | PairBatch, b: Batch | PairBatch) -> bool:
     ours, theirs = vars(a), vars(b)
     return ours.keys() == theirs.keys() and all(

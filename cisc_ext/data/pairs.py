@@ -7,6 +7,7 @@ come from (seed, stream, epoch, index), so neither the number of workers nor a r
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,7 +158,7 @@ def _image_size(path: Path) -> Size:
         return image.size
 
 
-class TrainingSet(Dataset[AnyBatch], Generic[AnyBatch]):
+class TrainingSet(Dataset[AnyBatch], Generic[AnyBatch], ABC):
     """A set of `len()` samples, keyed by (epoch, index); each is a batch of one."""
 
     def __init__(self, items: Sequence[Item], seed: int, stream: str) -> None:
@@ -172,9 +173,9 @@ class TrainingSet(Dataset[AnyBatch], Generic[AnyBatch]):
         epoch, index = key
         return self.sample(sample_rng(self.seed, self.stream, epoch, index), index)
 
+    @abstractmethod
     def sample(self, rng: np.random.Generator, index: int) -> AnyBatch:
         """The sample of one item, with all random draws from `rng`."""
-        raise NotImplementedError
 
 
 class LabeledSet(TrainingSet[Batch]):

@@ -9,6 +9,7 @@ Sources: Chen et al., ECCV 2018 (DeepLabV3+) and TPAMI 2018 (DeepLabV2); Zhao et
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ class SegOutput(NamedTuple):
     features: Tensor  # [B,C,h,w]: what the classifier sees
 
 
-class SegmentationModel(nn.Module):
+class SegmentationModel(nn.Module, ABC):
     """Holds `backbone`, checks the images and leaves the rest to `segment`."""
 
     head_lr_multiplier = 10.0
@@ -40,9 +41,9 @@ class SegmentationModel(nn.Module):
             raise ValueError(f"images: expected shape [B,3,H,W], got {list(images.shape)}")
         return self.segment(images)
 
+    @abstractmethod
     def segment(self, images: Tensor) -> SegOutput:
         """`forward` behind the check."""
-        raise NotImplementedError
 
 
 def conv_norm_relu(inputs: int, outputs: int, size: int, *, dilation: int = 1) -> list[nn.Module]:
