@@ -57,7 +57,7 @@ endif
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or newer is needed, got " + sys.version.split()[0])'
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 
 # What builds comes first, then the package's own list (pyproject.toml), still without C++.
 $(PACKAGES): | .venv/bin/python

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from cisc_ext import checkpoint, method
-from cisc_ext.config import PRECISIONS, MethodConfig, OneLineParser
-from cisc_ext.data.datasets import DATASETS, DatasetSpec, Item, load_list
+from cisc_ext.cli import OneLineParser, reporting
+from cisc_ext.config import PRECISIONS, MethodConfig
+from cisc_ext.data.datasets import DATASETS, DatasetSpec, Item, load_list, pseudo_path
 from cisc_ext.data.pairs import EvalSet, eval_loader
 from cisc_ext.engine import Views, decide_runtime, evaluate
 from cisc_ext.files import write_json
@@ -72,7 +72,7 @@ def network_spec(flags: argparse.Namespace) -> checkpoint.NetworkSpec:
         given["load_size"] = tuple(flags.load_size)
     spec = checkpoint.read_spec(flags.checkpoint)
     if spec is not None:
-        for name in ("model", "backbone"):
+        for name in ("model", "backbone", "dataset"):
             if name in given and given[name] != getattr(spec, name):
                 raise ValueError(
                     f"--{name} {given[name]} contradicts {flags.checkpoint}: {getattr(spec, name)}"
@@ -94,6 +94,15 @@ def images(spec: DatasetSpec, flags: argparse.Namespace) -> tuple[Item, ...]:
     raise FileNotFoundError(f"{flags.data_root}: no val.txt there or in splits/; name one with --list")
 
 
+def refuse_overwriting(folder: Path, items: Sequence[Item]) -> None:
+    """`ValueError` where a mask written under `folder` would replace an image or label of the data set."""
+    sources = {path.resolve() for item in items for path in (item.image, item.label) if path is not None}
+    for item in items:
+        target = pseudo_path(folder, item.name)
+        if target.resolve() in sources:
+            raise ValueError(f"--save-masks {folder}: would overwrite {target} of the data set")
+
+
 def scores(spec: DatasetSpec, confusion: Tensor) -> dict[str, Any]:
     """mIoU, pixel accuracy and IoU of each class, as fractions; null for a class that is nowhere."""
     counts = confusion.double()
@@ -111,10 +120,18 @@ def run(flags: argparse.Namespace) -> None:
         raise ValueError("--scales belongs to --tta")
     if flags.window is not None and flags.mode != "slide":
         raise ValueError("--window belongs to --mode slide")
+    if flags.scales is not None and not all(scale > 0 for scale in flags.scales):
+        raise ValueError(f"--scales must be above 0, got {' '.join(map(str, flags.scales))}")
+    if flags.window is not None and flags.window < 1:
+        raise ValueError(f"--window must be at least 1, got {flags.window}")
+    if flags.json is not None and flags.json.is_dir():
+        raise ValueError(f"--json {flags.json}: is a folder, expected a file")
     network = network_spec(flags)
     spec = DATASETS[network.dataset or flags.dataset]
     runtime = decide_runtime(flags.device, flags.precision)
     items = images(spec, flags)
+    if flags.save_masks is not None:
+        refuse_overwriting(flags.save_masks, items)
     window = 0
     if flags.mode == "slide":
         window = flags.window or network.crop_size or spec.crop_size
@@ -147,13 +164,7 @@ def run(flags: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse and score; one line and a non-zero status where that cannot be."""
     flags = parser().parse_args(arguments)
-    try:
-        with torch.inference_mode():
-            run(flags)
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
-        print(f"eval.py: error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return reporting("eval.py", lambda: run(flags))
 
 
 if __name__ == "__main__":

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import sys
 from collections.abc import Sequence
 
 import torch
 
 from cisc_ext import stages
+from cisc_ext.cli import reporting
 from cisc_ext.config import Config, parse
 from cisc_ext.data import synthetic
 from cisc_ext.data.datasets import DATASETS
@@ -23,17 +23,11 @@ DEMO_DATA = "demo_data"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, decide, run the stages that are not finished, and print what they gave."""
     config = parse(arguments)
-    try:
-        run(config)
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return reporting("train.py", lambda: run(config))
 
 
 def run(config: Config) -> None:
     """The visible stages of a run."""
-    logging.captureWarnings(True)
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
     runtime = decide_runtime(config.run.device, config.run.precision)
@@ -44,7 +38,7 @@ def run(config: Config) -> None:
         data = dataclasses.replace(config.data, data_root=str(root), split=str(lists))
         config = dataclasses.replace(config, data=data)
     setup = stages.prepare(config, runtime, folder)
-    folder.open()
+    folder.open({"precision": runtime.precision, "images": setup.split.fingerprint()})
     print_decisions(setup)
     names = stages.STAGES[config.method.method]
     for stage in names:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from cisc_ext import __version__
-from cisc_ext.config import OneLineParser
+from cisc_ext.cli import OneLineParser, reporting
 from cisc_ext.data import split
 from cisc_ext.ops import _library
 from cisc_ext.ops.registry import choices_here
@@ -43,12 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     split.add_arguments(made)
     made.set_defaults(run=split.main)
     flags = parser.parse_args(arguments)
-    try:
-        status: int = flags.run(flags)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"python -m cisc_ext: error: {error}", file=sys.stderr)
-        return 1
-    return status
+    return reporting("python -m cisc_ext", lambda: flags.run(flags))
 
 
 if __name__ == "__main__":

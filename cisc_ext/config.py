@@ -9,8 +9,9 @@ import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from cisc_ext.cli import OneLineParser
 from cisc_ext.data.datasets import DATASETS
 from cisc_ext.models import BACKBONES, MODELS
 
@@ -84,7 +85,8 @@ class OptimConfig:
     poly_power: float = _flag(0.9, "exponent of the polynomial decay of the learning rate")
     intervals: int | None = _flag(
         None,
-        "equal parts of a training, each ended by a validation and a checkpoint; by default one per epoch",
+        "equal parts of a training, each ended by a validation and a checkpoint; "
+        "by default one per pass of --epochs, or 10 with --steps",
     )
 
 
@@ -208,6 +210,10 @@ class Config:
         steps, intervals = self.optim.steps, self.optim.intervals
         if steps is not None and intervals is not None and intervals > steps:
             raise ValueError(f"--intervals must be at most --steps {steps}, got {intervals}")
+        if self.preset == "demo" and (self.data.data_root is None) != (self.data.split is None):
+            raise ValueError(
+                "--data-root and --split belong together: give both, or neither for generated scenes"
+            )
         if self.preset != "demo" and self.data.data_root is None:
             raise ValueError(f"--data-root is needed: the folder that holds the images of {self.preset}")
         if self.preset != "demo" and self.data.split is None:
@@ -275,24 +281,6 @@ def build(preset: str, **flags: Any) -> Config:
         for name, group in _GROUPS.items()
     }
     return Config(preset=preset, **groups)
-
-
-def from_dict(saved: dict[str, Any]) -> Config:
-    """The settings written by `Config.as_dict`."""
-    flags: dict[str, Any] = {}
-    for name, group in _GROUPS.items():
-        for f in dataclasses.fields(group):
-            value = saved[name][f.name]
-            flags[f.name] = tuple(value) if isinstance(value, list) else value
-    return build(saved["preset"], **flags)
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """An `ArgumentParser` that ends with one line instead of the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        """End the program with the message alone."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def parse(arguments: Sequence[str] | None = None) -> Config:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -36,6 +37,11 @@ class Runtime:
     device: torch.device
     autocast: torch.dtype | None
     reasons: tuple[str, ...]
+
+    @property
+    def precision(self) -> str:
+        """Of the network's forward pass."""
+        return str(self.autocast or torch.float32).removeprefix("torch.")
 
     def cast(self) -> AbstractContextManager[Any]:
         """The context of a network's forward pass."""
@@ -113,15 +119,15 @@ def train_steps(
     steps: int,
     power: float,
     progress: tqdm[Any],
-) -> list[dict[str, float]]:
-    """Steps `first` to `last` - 1 of a training of `steps`; the losses of each, by name, with "loss" their
-    sum.
+    log: Callable[[list[dict[str, float]]], None],
+) -> None:
+    """Steps `first` to `last` - 1 of a training of `steps`; `log` gets the losses of each, by name, with
+    "loss" their sum.
 
     Stops with `FloatingPointError` where the loss is not finite.
     """
     network.train()
     pending: list[tuple[int, float, list[str], Tensor]] = []
-    records: list[dict[str, float]] = []
     for step, batch in zip(range(first, last), batches, strict=False):
         lr = set_learning_rate(optimizer, step, steps, power)
         # ---- one training step: no synchronisation inside ----
@@ -136,21 +142,24 @@ def train_steps(
         )
         progress.update()
         if len(pending) == FLUSH_STEPS or step + 1 == last:
-            records += _read_losses(pending)
-            progress.set_postfix({k: f"{v:.3f}" for k, v in records[-1].items() if k not in ("step", "lr")})
+            records = _read_losses(pending)
             pending.clear()
-    return records
+            finite = list(itertools.takewhile(lambda r: all(map(math.isfinite, r.values())), records))
+            log(finite)
+            if len(finite) < len(records):
+                shown = ", ".join(f"{k} {v:g}" for k, v in records[len(finite)].items())
+                raise FloatingPointError(
+                    f"{progress.desc}: the loss is not finite ({shown}); try a lower --lr"
+                )
+            progress.set_postfix({k: f"{v:.3f}" for k, v in records[-1].items() if k not in ("step", "lr")})
 
 
 def _read_losses(pending: list[tuple[int, float, list[str], Tensor]]) -> list[dict[str, float]]:
     values = torch.stack([row for *_, row in pending]).tolist()  # the device is synchronised here
-    records = []
-    for (step, lr, names, _), row in zip(pending, values, strict=True):
-        if not all(map(math.isfinite, row)):
-            shown = ", ".join(f"{name} {value:g}" for name, value in zip(["loss", *names], row, strict=True))
-            raise FloatingPointError(f"step {step}: the loss is not finite ({shown}); a lower --lr may help")
-        records.append({"step": step, "lr": lr, **dict(zip(["loss", *names], row, strict=True))})
-    return records
+    return [
+        {"step": step, "lr": lr, **dict(zip(["loss", *names], row, strict=True))}
+        for (step, lr, names, _), row in zip(pending, values, strict=True)
+    ]
 
 
 @torch.inference_mode()

@@ -38,6 +38,14 @@ def labeled_loss(output: SegOutput, labels: Tensor, config: MethodConfig) -> Ten
     return loss
 
 
+def pseudo_labeled_loss(output: SegOutput, labels: Tensor) -> Tensor:
+    """ST++: plain cross-entropy with pseudo labels [B,H,W], mean over the pixels that count."""
+    loss: Tensor = ops.rectified_cross_entropy(
+        output.logits, labels, ignore_index=IGNORE_INDEX, reduction="valid_mean"
+    )
+    return loss
+
+
 def consistency_loss(
     features: Tensor,  # [B,C,h,w]
     labels: Tensor,  # [B,H,W]

@@ -4,7 +4,7 @@ log/."""
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ class RunFolder:
         self.pseudo_labels = path / "pseudo_labels"
         self.metrics: dict[str, Any] = {"stages": [], "final": None}
         self._settings = json.loads(json.dumps(config.as_dict()))
+        self._before: dict[str, Any] = {}
         if config.run.resume:
             self._check_same(self._settings)
             if (path / "metrics.json").is_file():
@@ -38,16 +39,22 @@ class RunFolder:
                 f"{path} holds a run already: add --resume to go on with it, or choose another --out"
             )
 
-    def open(self) -> None:
-        """Begin to write: config.json and the log."""
-        write_json(self.path / "config.json", self._settings)
+    def open(self, decided: Mapping[str, str]) -> None:
+        """Begin to write: config.json and the log. `decided` must be the same when a run is gone on with."""
+        for name, value in decided.items():
+            was = self._before.get("decided", {}).get(name, value)
+            if was != value:
+                raise ValueError(
+                    f"{self.path}: {name} has changed since the run began: it was {was}, is {value}"
+                )
+        write_json(self.path / "config.json", {**self._settings, "decided": dict(decided)})
         self._log = SummaryWriter(str(self.path / "log"))
 
     def _check_same(self, settings: dict[str, Any]) -> None:
         file = self.path / "config.json"
         if not file.is_file():
             raise ValueError(f"{self.path}: no run to resume (config.json is missing)")
-        before = read_json(file)
+        self._before = before = read_json(file)
         for group, values in settings.items():
             if not isinstance(values, dict):
                 if before.get(group) != values:
@@ -79,11 +86,6 @@ class RunFolder:
     def save_training_state(self, stage: str, state: dict[str, Any]) -> None:
         """Keep what is needed to go on with a training."""
         checkpoint.save(state, self._state_path(stage))
-
-    def seconds_before(self, stage: str) -> float:
-        """Time that earlier parts of an interrupted training took."""
-        state = self.training_state(stage)
-        return 0.0 if state is None else float(state["seconds"])
 
     def finished(self, stage: str) -> bool:
         """Whether metrics.json has the stage."""
@@ -121,12 +123,17 @@ class RunFolder:
         path = self.path / "losses.jsonl"
         if not path.is_file():
             return
-        lines = []
-        for line in path.read_text().splitlines(keepends=True):
-            entry = json.loads(line)
+        kept, lines = [], path.read_text().splitlines(keepends=True)
+        for number, line in enumerate(lines, start=1):
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                if number < len(lines):
+                    raise ValueError(f"{path}, line {number}: not JSON") from None
+                continue  # the program was stopped while it wrote this line
             if entry["stage"] != stage or entry["step"] < step:
-                lines.append(line)
-        atomic_write(path, lambda stream: stream.writelines(line.encode() for line in lines))
+                kept.append(line)
+        atomic_write(path, lambda stream: stream.writelines(line.encode() for line in kept))
 
     def log_losses(self, stage: str, records: Sequence[dict[str, float]]) -> None:
         """One line per optimizer step, and TensorBoard's curves."""

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cisc_ext import checkpoint, method, ops
-from cisc_ext.config import Config
+from cisc_ext.config import Config, OptimConfig
 from cisc_ext.data.datasets import DATASETS, DatasetSpec, Item, Split, load_split, pseudo_path, read_label
 from cisc_ext.data.pairs import (
     Batch,
@@ -59,6 +59,8 @@ STAGES = {
     "stpp": ("supervised", "pseudo_label", "select", "retrain_reliable", "relabel", "retrain_all"),
     "cisc-r": ("supervised", "pseudo_label", "select", "retrain_reliable", "relabel", "retrain_all"),
 }
+DEFAULT_INTERVALS = 10
+"""Parts of a training of --steps."""
 EARLY_CHECKPOINTS = 3
 """Checkpoints of ST++'s first stage, at thirds of the training, whose predictions are compared."""
 
@@ -112,6 +114,7 @@ class Outcome:
 
     miou: float | None = None
     steps: int = 0
+    earlier_seconds: float = 0.0  # that parts of the run before this one took
 
 
 def prepare(config: Config, runtime: Runtime, run: RunFolder) -> Setup:
@@ -125,14 +128,21 @@ def prepare(config: Config, runtime: Runtime, run: RunFolder) -> Setup:
     )  # reads every validation label, so that a wrong one is found before training
     if config.method.method == "cisc-r" and len(split.labeled) < 2:
         raise ValueError("--method cisc-r needs at least two labeled images, got 1")
-    return Setup(config, spec, split, index, runtime, run)
+    steps = _length(config.optim, len(split.labeled))[0]
+    if config.method.method == "stpp" and steps < EARLY_CHECKPOINTS:
+        raise ValueError(
+            f"--method stpp needs at least {EARLY_CHECKPOINTS} steps of its first stage, got {steps}"
+        )
+    setup = Setup(config, spec, split, index, runtime, run)
+    setup.initial_network()  # finds weights that are missing or do not fit
+    return setup
 
 
 def run_stage(setup: Setup, stage: str) -> Outcome:
     """Run one stage; its time and peak memory go to metrics.json when it is finished."""
-    began, memory = time.perf_counter() - setup.run.seconds_before(stage), PeakMemory(setup.runtime.device)
+    began, memory = time.perf_counter(), PeakMemory(setup.runtime.device)
     outcome = _RUN[stage](setup, stage)
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - began + outcome.earlier_seconds
     setup.run.finish(stage, outcome.miou, outcome.steps, seconds, memory.mib())
     return outcome
 
@@ -327,7 +337,7 @@ def _retrain(setup: Setup, stage: str, items: Sequence[Item], teacher_stage: str
             first, second = _forward_together(setup, network, known.image, pseudo.image)
             return {
                 "labeled": method.labeled_loss(first, known.labels, config.method),
-                "unlabeled": method.labeled_loss(second, pseudo.labels, config.method),
+                "unlabeled": method.pseudo_labeled_loss(second, pseudo.labels),
             }
 
         return _train(setup, stage, len(items), [labeled, plain], plain_objective)
@@ -436,33 +446,32 @@ def _train(
     """
     config, run = setup.config, setup.run
     optim = config.optim
-    epoch = max(1, images // optim.batch_size)
-    steps = optim.epochs * epoch if optim.steps is None else optim.steps
-    intervals = min(steps, optim.intervals or max(1, math.ceil(steps / epoch)))
+    steps, intervals = _length(optim, images)
     ends = {math.ceil(steps * (i + 1) / intervals) for i in range(intervals)}
     early = {math.ceil(steps * (i + 1) / marks): i + 1 for i in range(marks)}
     network = setup.initial_network()
     optimizer = build_optimizer(network, config.model.model, optim)
+    first, best, earlier = 0, -1.0, 0.0
     state = run.training_state(stage)
-    first, best = 0, -1.0
     if state is not None:
         network.load_state_dict(state["network"])
         optimizer.load_state_dict(state["optimizer"])
-        first, best = state["step"], state["best"]
+        first, best, earlier = state["step"], state["best"], state["seconds"]
+        if state["is_best"]:  # the files of the best network may be from before or after this state
+            _keep_best(setup, stage, network, state["confusion"])
     run.cut_losses(stage, first)
-    began = time.perf_counter() - run.seconds_before(stage)
-    seeds = [config.run.seed + i for i in range(len(sets))]
+    began = time.perf_counter()
     streams = [
         loader(
             data,
             optim.batch_size,
             steps,
-            seed=seed,
+            seed=config.run.seed + i,
             first_step=first,
             workers=config.data.workers,
             pin_memory=setup.runtime.device.type == "cuda",
         )
-        for data, seed in zip(sets, seeds, strict=True)
+        for i, data in enumerate(sets)
     ]
     batches = zip(*streams, strict=True)
     with tqdm(total=steps, initial=first, desc=stage, unit="step") as progress:
@@ -470,7 +479,7 @@ def _train(
             if end <= first:
                 continue
             torch.manual_seed(config.run.seed * 1_000_003 + first)
-            records = train_steps(
+            train_steps(
                 network,
                 optimizer,
                 batches,
@@ -480,8 +489,8 @@ def _train(
                 steps=steps,
                 power=optim.poly_power,
                 progress=progress,
+                log=lambda records: run.log_losses(stage, records),
             )
-            run.log_losses(stage, records)
             first = end
             if end in early:
                 checkpoint.save_network(run.early_weights(early[end]), network, setup.network_spec)
@@ -493,10 +502,7 @@ def _train(
             )
             miou = method.mean_iou(confusion)
             run.log_scalar(f"{stage}/miou", miou, end)
-            if miou > best:
-                best = miou
-                checkpoint.save_network(run.weights(stage), network, setup.network_spec)
-                run.write_scores(stage, confusion)
+            is_best, best = miou > best, max(miou, best)
             run.save_training_state(
                 stage,
                 {
@@ -504,11 +510,30 @@ def _train(
                     "optimizer": optimizer.state_dict(),
                     "step": end,
                     "best": best,
-                    "seconds": time.perf_counter() - began,
+                    "is_best": is_best,
+                    "confusion": confusion,
+                    "seconds": earlier + time.perf_counter() - began,
                 },
             )
+            if is_best:
+                _keep_best(setup, stage, network, confusion)
             tqdm.write(f"{stage}: step {end} of {steps}, validation mIoU {miou:.4f}, best {best:.4f}")
-    return Outcome(best, steps)
+    return Outcome(best, steps, earlier)
+
+
+def _length(optim: OptimConfig, images: int) -> tuple[int, int]:
+    """Steps of a training on so many images, and the intervals that it is cut into."""
+    if optim.steps is None:
+        steps = optim.epochs * max(1, images // optim.batch_size)
+        intervals = optim.epochs
+    else:
+        steps, intervals = optim.steps, DEFAULT_INTERVALS
+    return steps, min(steps, optim.intervals or intervals)
+
+
+def _keep_best(setup: Setup, stage: str, network: SegmentationModel, confusion: Tensor) -> None:
+    checkpoint.save_network(setup.run.weights(stage), network, setup.network_spec)
+    setup.run.write_scores(stage, confusion)
 
 
 _RUN: dict[str, Callable[[Setup, str], Outcome]] = {

@@ -353,7 +353,7 @@ def test_imagenet_addresses_name_every_backbone() -> None:
 def test_imagenet_offline(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     url = (tmp_path / "absent" / "net-01234567.pth").as_uri()
     monkeypatch.setitem(pretrained.IMAGENET_URLS, "resnet18", url)
-    with pytest.raises(RuntimeError) as error:
+    with pytest.raises(ConnectionError) as error:
         load_pretrained(small(), "resnet18", "imagenet")
     message = str(error.value)
     assert message.startswith(f"{url}: download failed")
@@ -365,7 +365,7 @@ def test_imagenet_hash(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """A wrong download never reaches the cache, and a damaged file there is refused."""
     file = publish({"weight": torch.zeros(1)}, tmp_path / "web", digits="01234567")
     monkeypatch.setitem(pretrained.IMAGENET_URLS, "resnet18", file.as_uri())
-    with pytest.raises(RuntimeError, match=r'download failed .*expected "01234567"'):
+    with pytest.raises(ConnectionError, match=r'download failed .*expected "01234567"'):
         load_pretrained(small(), "resnet18", "imagenet")
     assert not list(hub.iterdir())
     (hub / file.name).write_bytes(b"half a file")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from PIL import Image
 
 import eval as eval_script
 import train
-from cisc_ext import stages
-from cisc_ext.config import build, from_dict, parse
+from cisc_ext import method, stages
+from cisc_ext.config import build, parse
 from cisc_ext.data import synthetic
 from cisc_ext.data.pairs import EvalSample
 from cisc_ext.engine import Runtime, Views, build_optimizer, groups, set_learning_rate
@@ -83,7 +84,8 @@ def test_a_run_leaves_what_is_promised(finished: Path, data: Path) -> None:
     selection = json.loads((finished / "selection.json").read_text())
     assert len(selection["reliable"]) == 3 and set(selection["scores"]) == set(unlabeled)
     assert not list((finished / "checkpoints").glob("*.state.pt"))
-    assert from_dict(json.loads((finished / "config.json").read_text())).optim.steps == STEPS
+    saved = json.loads((finished / "config.json").read_text())
+    assert saved["optim"]["steps"] == STEPS and saved["decided"]["precision"] == "float32"
     assert list((finished / "log").iterdir())
 
 
@@ -98,34 +100,40 @@ def test_a_second_run_and_more_workers_give_the_same_figures(
 def test_an_interrupted_run_ends_as_one_that_was_not(
     finished: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: str
 ) -> None:
-    """Cut inside a training, after its first interval and some more steps that --resume must take again."""
-    real = stages.train_steps
+    """Cut at the validation of the second interval: its losses are written already, and must be cut again."""
+    real = stages.evaluate
+    validations: list[None] = []
 
-    def failing(*args: Any, **keywords: Any) -> Any:
-        records = real(*args, **keywords)
-        if keywords["first"] >= STEPS // 2 and keywords["progress"].desc == cut:
+    def failing(*args: Any, **keywords: Any) -> torch.Tensor:
+        in_training = keywords["title"] == "validation" and losses(out)[-1]["stage"] == cut
+        if in_training:
+            validations.append(None)
+        if len(validations) == 2:
             raise KeyboardInterrupt
-        return records
+        return real(*args, **keywords)
 
     out = tmp_path / "cut"
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "train_steps", failing)
+        patch.setattr(stages, "evaluate", failing)
         with pytest.raises(KeyboardInterrupt):
             train.main(flags(data, out))
-    assert (out / "checkpoints" / f"{cut}.state.pt").is_file()
+    assert losses(out)[-1] == {**losses(out)[-1], "stage": cut, "step": STEPS - 1}
+    with (out / "losses.jsonl").open("a") as stream:
+        stream.write('{"stage": "')  # as a kill in the middle of a line leaves it
+    (out / "checkpoints" / f"{cut}.pt").unlink()  # as a kill between the state and the best network leaves it
     assert train.main(flags(data, out, "--resume")) == 0
     assert scores(out) == scores(finished)
 
 
-@pytest.mark.parametrize("method", ["sup", "stpp"])
-def test_other_methods_share_the_stages(data: Path, tmp_path: Path, method: str) -> None:
-    assert train.main(flags(data, tmp_path / method, "--method", method)) == 0
-    metrics = json.loads((tmp_path / method / "metrics.json").read_text())
-    assert [e["name"] for e in metrics["stages"]] == list(stages.STAGES[method])
-    first = losses(tmp_path / method)[0]
+@pytest.mark.parametrize("name", ["sup", "stpp"])
+def test_other_methods_share_the_stages(data: Path, tmp_path: Path, name: str) -> None:
+    assert train.main(flags(data, tmp_path / name, "--method", name)) == 0
+    metrics = json.loads((tmp_path / name / "metrics.json").read_text())
+    assert [e["name"] for e in metrics["stages"]] == list(stages.STAGES[name])
+    first = losses(tmp_path / name)[0]
     assert "cross_entropy" in first and "consistency" not in first
-    if method == "stpp":
-        assert "rectified" not in losses(tmp_path / method)[-1]
+    if name == "stpp":
+        assert "rectified" not in losses(tmp_path / name)[-1]
 
 
 @pytest.mark.parametrize("more", [("max", "all"), ("topk", "own"), ("prototype", "own"), ("softmax", "one")])
@@ -164,6 +172,68 @@ def test_runs_refuse_what_would_lose_or_mix_them(
     assert not (tmp_path / "x").exists()
 
 
+def test_a_run_does_not_go_on_with_other_images(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lists = tmp_path / "lists"
+    shutil.copytree(data / "splits", lists)
+    arguments = [*flags(data, tmp_path / "run", "--method", "sup"), "--split", str(lists)]
+    assert train.main(arguments) == 0
+    rows = (lists / "unlabeled.txt").read_text().splitlines(keepends=True)
+    (lists / "unlabeled.txt").write_text("".join(rows[1:]))
+    assert train.main([*arguments, "--resume"]) == 1
+    assert "images has changed since the run began" in capsys.readouterr().err
+
+
+def test_a_start_that_fails_leaves_the_folder_free(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    for more, words in (
+        (("--pretrained", str(tmp_path / "none.pth")), "none.pth"),
+        (("--method", "stpp", "--steps", "2"), "at least 3 steps"),
+    ):
+        assert train.main(flags(data, out, *more)) == 1
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1
+        assert not out.exists()
+    (tmp_path / "file").write_text("")
+    assert train.main(flags(data, tmp_path / "file" / "run")) == 1
+    assert capsys.readouterr().err.startswith("train.py: error: ")
+
+
+def test_losses_before_one_that_is_not_finite_are_kept(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train.main(flags(data, tmp_path / "run", "--method", "sup", "--lr", "1e30")) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("train.py: error: supervised: the loss is not finite")
+    assert [e["step"] for e in losses(tmp_path / "run")] == list(range(len(losses(tmp_path / "run")))) != []
+
+
+def test_an_error_in_a_worker_is_one_line(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable(*_: object, **__: object) -> None:
+        raise ValueError("photo.png: not an image")
+
+    monkeypatch.setattr("cisc_ext.data.pairs.read_image", unreadable)
+    assert train.main(flags(data, tmp_path / "run", "--workers", "1", "--method", "sup")) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "train.py: error: photo.png: not an image"
+
+
+def test_ohem_is_for_labels_not_for_pseudo_labels() -> None:
+    output = SegOutput(torch.randn(1, 3, 5, 5), torch.zeros(1, 4, 5, 5))
+    labels = torch.randint(0, 3, (1, 9, 9)).to(torch.uint8)
+    config = build("demo", ohem_threshold=0.1, ohem_min_kept=5).method
+    plain = torch.nn.functional.cross_entropy(
+        torch.nn.functional.interpolate(output.logits, (9, 9), mode="bilinear", align_corners=True),
+        labels.long(),
+    )
+    torch.testing.assert_close(method.pseudo_labeled_loss(output, labels), plain)
+    assert method.labeled_loss(output, labels, config) > plain + 0.1
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -173,6 +243,7 @@ def test_runs_refuse_what_would_lose_or_mix_them(
         (["demo", "--steps", "0"], "--steps must be at least 1"),
         (["demo", "--steps", "2", "--intervals", "3"], "--intervals must be at most"),
         (["demo", "--method", "sup", "--similarity", "max"], "--similarity belongs to --method cisc-r"),
+        (["demo", "--split", "x"], "--data-root and --split belong together"),
         (["demo", "--topk", "3"], "--topk belongs to --similarity topk"),
         (["demo", "--lr", "-1"], "--lr must be above 0"),
         (["demo", "--guide-share", "1.5"], "--guide-share must be above 0 and at most 1"),
@@ -247,6 +318,14 @@ def test_eval_refuses_in_one_line(
         ([good, "--data-root", str(tmp_path)], "no val.txt"),
         ([good, "--data-root", str(data), "--backbone", "resnet50"], "contradicts"),
         ([good, "--data-root", str(data), "--window", "9"], "--window belongs to --mode slide"),
+        (
+            [good, "--data-root", str(data), "--mode", "slide", "--window", "-5"],
+            "--window must be at least 1",
+        ),
+        ([good, "--data-root", str(data), "--tta", "--scales", "-1"], "--scales must be above 0"),
+        ([good, "--data-root", str(data), "--dataset", "camvid"], "contradicts"),
+        ([good, "--data-root", str(data), "--json", str(tmp_path)], "is a folder"),
+        ([good, "--data-root", str(data), "--save-masks", str(data)], "would overwrite"),
     ):
         assert eval_script.main(arguments) == 1
         error = capsys.readouterr().err

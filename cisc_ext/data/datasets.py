@@ -5,6 +5,8 @@ The only file that names a data set: a new one is one more entry in `DATASETS`.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -88,6 +90,15 @@ class Split:
     labeled: tuple[Item, ...]
     unlabeled: tuple[Item, ...]
     val: tuple[Item, ...]
+
+    def fingerprint(self) -> str:
+        """Changes with the lists, and with the size of any file that they name."""
+        files = [
+            (part, i.name, i.image.stat().st_size, i.label and i.label.stat().st_size)
+            for part in ("labeled", "unlabeled", "val")
+            for i in getattr(self, part)
+        ]
+        return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
 
 
 def voc_palette(count: int) -> tuple[RGB, ...]:

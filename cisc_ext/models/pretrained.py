@@ -48,7 +48,7 @@ def load_pretrained(model: SegmentationModel, backbone_name: str, source: str) -
     source  "none": the fresh weights stay; "imagenet": the backbone's ImageNet weights, downloaded once into
             torch's cache and hash checked; otherwise a file, as for `load_weights`
 
-    Raises `RuntimeError` naming address and destination if a download fails, and as `load_weights` does.
+    Raises `ConnectionError` naming address and destination if a download fails, and as `load_weights` does.
     """
     if source == "none":
         return "fresh weights"
@@ -154,7 +154,8 @@ def first_few(keys: list[str]) -> str:
 def imagenet_file(backbone_name: str) -> Path:
     """The backbone's ImageNet checkpoint in torch's cache, downloaded if absent; its hash is always checked.
 
-    Raises `RuntimeError` if it cannot be downloaded, `ValueError` if the file is damaged or the name unknown.
+    Raises `ConnectionError` if it cannot be downloaded, `ValueError` if the file is damaged or the name
+    unknown.
     """
     if backbone_name not in IMAGENET_URLS:
         raise ValueError(f"backbone: expected one of {', '.join(IMAGENET_URLS)}, got {backbone_name!r}")
@@ -169,7 +170,7 @@ def imagenet_file(backbone_name: str) -> Path:
         try:
             torch.hub.download_url_to_file(url, str(path), digits[1], progress=sys.stderr.isatty())
         except (OSError, RuntimeError) as error:
-            raise RuntimeError(f"{url}: download failed ({error}); put that file at {path}") from error
+            raise ConnectionError(f"{url}: download failed ({error}); put that file at {path}") from error
     digest = sha256(path)
     if not digest.startswith(digits[1]):
         raise ValueError(
