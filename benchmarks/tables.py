@@ -33,9 +33,22 @@ _STEP = {
     "speedup": "x faster",
     "memory_ratio": "x memory",
 }
-COLUMNS: dict[str, dict[str, str]] = {"step": _STEP, "step_cuda": _STEP}
+_METHODS = {
+    "method": "method",
+    "steps": "steps",
+    "supervised_miou": "supervised mIoU",
+    "reliable_miou": "first re-training",
+    "final_miou": "final mIoU",
+    "minutes": "minutes",
+    "peak_mib": "peak MiB",
+}
+COLUMNS: dict[str, dict[str, str]] = {"step": _STEP, "step_cuda": _STEP, "methods": _METHODS}
 """Per table the keys of a row to show, and their headings; a table that is not here shows every key."""
-SOURCES = {"step": RESULTS / "step_cpu.json", "step_cuda": RESULTS / "step_cuda.json"}
+SOURCES = {
+    "step": RESULTS / "step_cpu.json",
+    "step_cuda": RESULTS / "step_cuda.json",
+    "methods": RESULTS / "methods_camvid.json",
+}
 
 
 def _cells(name: str, rows: Sequence[Row]) -> list[list[str]]:
