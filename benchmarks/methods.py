@@ -20,10 +20,31 @@ from benchmarks import machine
 from benchmarks.tables import aligned
 from cisc_ext.files import write_json
 
-SETTINGS = (
-    "--model pspnet --backbone resnet18 --output-stride 16 --load-size 240 180 --base-size 240 --crop-size 129 "
-    "--batch-size 16 --tta-scales 0.75 1 1.5 --intervals 6 --workers 0"
-).split()
+SETTINGS = [
+    "--model",
+    "pspnet",
+    "--backbone",
+    "resnet18",
+    "--output-stride",
+    "16",
+    "--load-size",
+    "240",
+    "180",
+    "--base-size",
+    "240",
+    "--crop-size",
+    "129",
+    "--batch-size",
+    "16",
+    "--tta-scales",
+    "0.75",
+    "1",
+    "1.5",
+    "--intervals",
+    "6",
+    "--workers",
+    "0",
+]
 RUNS = {
     "sup": ["--method", "sup", "--steps", "600"],
     "cisc-r": ["--method", "cisc-r", "--steps", "600"],
