@@ -43,3 +43,14 @@ def seeded() -> None:
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Class indices are cached in a folder of the test, never in the user's."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="session")
+def few_scenes(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Folder of the street scenes, and a folder of lists that name four of each kind."""
+    camvid, lists = shared / "data" / "camvid", tmp_path_factory.mktemp("few")
+    sources = {"labeled": "1_8/split_0/labeled", "unlabeled": "1_8/split_0/unlabeled", "val": "val"}
+    for name, source in sources.items():
+        lines = (camvid / "splits" / f"{source}.txt").read_text().splitlines()
+        (lists / f"{name}.txt").write_text("\n".join(lines[:4]) + "\n")
+    return camvid, lists

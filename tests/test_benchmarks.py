@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import gate, machine, measure, published, step, tables
+from benchmarks import gate, machine, measure, methods, published, step, tables
 
 Golden = Callable[[str], dict[str, Tensor]]
 LOSSES = ["square", "wide", "unaligned", "heavy_ignore", "no_shared_class"]
@@ -134,6 +134,19 @@ def test_gate_stops_a_part_at_its_limit(tmp_path: Path, monkeypatch: pytest.Monk
     )
     part = gate.run_part("slow", tmp_path)
     assert part["returncode"] is None and part["seconds"] < 30
+
+
+def test_methods_runs_and_goes_on(few_scenes: tuple[Path, Path], tmp_path: Path) -> None:
+    scenes, lists = map(str, few_scenes)
+    result = tmp_path / "methods.json"
+    where = ["--data-root", scenes, "--split", lists, "--runs", str(tmp_path / "runs"), "--json", str(result)]
+    short = ["--only", "sup", "--steps", "1"]
+    assert methods.main([*where, *short]) == 0
+    first = json.loads(result.read_text())
+    assert first["shortened"] and first["rows"][0]["steps"] == 1 and first["rows"][0]["reliable_miou"] is None
+    assert methods.main([*where, *short]) == 0
+    assert json.loads(result.read_text())["rows"] == first["rows"]
+    assert "supervised mIoU" in tables.table("methods", result)
 
 
 def test_replace_between() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import methods
 from cisc_ext.data import synthetic
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,9 +39,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(line: str, folder: Path, camvid: Path | None) -> None:
+def run(line: str, folder: Path, scenes: tuple[Path, Path] | None = None) -> None:
     """Run a command in `folder` with the data it names, shortened."""
-    words = shlex.split(line.replace("DATA", str(camvid))) if camvid else shlex.split(line)
+    words = shlex.split(line.replace("DATA", str(scenes[0])) if scenes else line)
     words = [str(ROOT / word) if word in ("train.py", "eval.py") else word for word in words]
     if "train.py" in line:
         words += SMALL
@@ -48,9 +49,8 @@ def run(line: str, folder: Path, camvid: Path | None) -> None:
             words += ["--data-root", "small", "--split", "small/splits"]
     if "eval.py" in line:
         words = ["small" if word == "runs/demo_data" else word for word in words]
-    if "camvid" in line and "--split" in line:
-        words[words.index("--split") + 1] = str(folder / "few")
-        words += ["--val", str(folder / "few" / "val.txt")]
+    if scenes and "--split" in words:
+        words[words.index("--split") + 1] = str(scenes[1])
     done = subprocess.run(
         [sys.executable, *words[1:]], cwd=folder, capture_output=True, text=True, timeout=300
     )
@@ -67,25 +67,21 @@ def test_every_command_is_run_here_or_by_ci() -> None:
 def test_commands_on_generated_data_work_in_their_order(workplace: Path) -> None:
     for line in commands():
         if line.startswith("python ") and "DATA" not in line:
-            run(line, workplace, None)
+            run(line, workplace)
     assert (workplace / "scores.json").is_file() and list((workplace / "masks").rglob("*.png"))
 
 
-def test_commands_on_camvid_work(workplace: Path, shared: Path) -> None:
-    camvid = shared / "data" / "camvid"
-    few = workplace / "few"
-    few.mkdir()
-    for name, source in (
-        ("labeled", "1_8/split_0/labeled"),
-        ("unlabeled", "1_8/split_0/unlabeled"),
-        ("val", "val"),
-    ):
-        lines = (camvid / "splits" / f"{source}.txt").read_text().splitlines()
-        (few / f"{name}.txt").write_text("\n".join(lines[:4]) + "\n")
+def test_commands_on_camvid_work(workplace: Path, few_scenes: tuple[Path, Path]) -> None:
     for line in commands():
         if "DATA" in line:
-            run(line, workplace, camvid)
+            run(line, workplace, few_scenes)
     assert len((workplace / "lists" / "labeled.txt").read_text().splitlines()) == 46
+
+
+def test_the_camvid_command_is_the_one_that_was_measured() -> None:
+    (line,) = (line for line in commands() if line.startswith("python train.py camvid"))
+    words = shlex.split(line)
+    assert set(methods.SETTINGS) <= set(words) and " ".join(methods.RUNS["cisc-r"][2:]) in line
 
 
 def test_the_python_block_runs() -> None:
