@@ -15,7 +15,8 @@ endif
 
 hash = $(shell cat $(1) | sha256sum | cut -c1-16)
 PACKAGES := .venv/.packages-$(call hash,pyproject.toml Makefile)
-BUILT := .venv/.built-$(call hash,setup.py pyproject.toml Makefile $(wildcard csrc/*))-$(CISC_CUDA)-$(CISC_CPP)-$(CISC_DEBUG)
+SETTINGS := $(shell echo '$(CISC_CUDA) $(CISC_CPP) $(CISC_DEBUG) $(CISC_CUDA_ARCHS) $(CXX) $(CUDA_HOME)' | sha256sum | cut -c1-8)
+BUILT := .venv/.built-$(call hash,setup.py pyproject.toml Makefile $(wildcard csrc/*))-$(SETTINGS)
 
 .PHONY: help setup demo test lint format bench gpu
 

@@ -7,6 +7,7 @@ Objects are kept in build/objects under the hash of all that goes into them.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -26,6 +27,7 @@ from typing import NoReturn
 from setuptools import Extension, setup
 from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
@@ -135,6 +137,8 @@ def decide_cuda(env: Mapping[str, str], csrc: Path = CSRC) -> Cuda:
         return Cuda(left_out="nvcc not found")
     sources = tuple(sorted(csrc.glob("*.cu")))
     if not sources:
+        if asked:
+            stop("CISC_CUDA=1, but csrc has no CUDA sources yet")
         return Cuda(left_out="no CUDA sources")
     version = next(line for line in run([nvcc, "--version"]).splitlines() if "release" in line)
     return Cuda(nvcc, version, tuple(chips), tuple(gencode), sources)
@@ -203,6 +207,8 @@ class Builder:
         self.debug = bool(flag(env, "CISC_DEBUG"))
         self.env = env
         self.cxx = find_cxx(env)
+        # What is left without a launcher (ccache g++) and flags (g++ -m64).
+        self.compiler_path = [word for word in self.cxx if not word.startswith("-")][-1]
         self.compiler = run([*self.cxx, "--version"]).splitlines()[0]
         self.torch, self.torch_version = torch_folder()
         self.optimize = ["-O0", "-g"] if self.debug else ["-O3", "-DNDEBUG"]
@@ -224,17 +230,23 @@ class Builder:
         return ["-std=c++17", *self.optimize, *arithmetic, "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 
     def make(self, jobs: list[Job]) -> list[Path]:
-        """Run the jobs whose outputs are not there yet, in parallel."""
+        """Run the jobs whose outputs are not there yet, in parallel; one build at a time."""
         outputs = [job.output() for job in jobs]
-        missing = {output: job for output, job in zip(outputs, jobs, strict=True) if not output.exists()}
+        OBJECTS.mkdir(parents=True, exist_ok=True)
+        with (OBJECTS / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            missing = {output: job for output, job in zip(outputs, jobs, strict=True) if not output.exists()}
+            if missing:
+                self.run_ninja(missing)
         self.compiled += len(missing)
         self.reused += len(set(outputs)) - len(missing)
-        if not missing:
-            return outputs
+        return outputs
+
+    def run_ninja(self, missing: Mapping[Path, Job]) -> None:
+        """Make these files, or end with what the compiler has said."""
         ninja = shutil.which("ninja", path=f"{Path(sys.executable).parent}:{self.env.get('PATH', '')}")
         if ninja is None:
             stop("ninja was not found: pip install ninja")
-        OBJECTS.mkdir(parents=True, exist_ok=True)
         text = ["rule run", "  command = $line", "  description = $out"]
         for output, job in missing.items():
             name = str(output).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
@@ -246,7 +258,6 @@ class Builder:
                 stop("compiling failed: see the first error above")
         finally:
             plan.unlink()
-        return outputs
 
     def ops(self) -> Path:
         """The operator library; needs no Python and runs on torch 2.10 and newer."""
@@ -261,7 +272,7 @@ class Builder:
         link: list[str] = []
         if self.cuda.sources:
             nvcc = [self.cuda.nvcc, "-std=c++17", *(["-O0", "-g"] if self.debug else ["-O3", "-lineinfo"])]
-            nvcc += ["--expt-relaxed-constexpr", "-ccbin", self.cxx[-1], *self.cuda.gencode]
+            nvcc += ["--expt-relaxed-constexpr", "-ccbin", self.compiler_path, *self.cuda.gencode]
             nvcc += ["-Xcompiler=-fPIC", "-Xcompiler=-fvisibility=hidden", *stable, *include]
             for source in self.cuda.sources:
                 command = [*nvcc, "-c", "$in", "-o", "$out"]
@@ -316,12 +327,24 @@ def cuda_libraries(nvcc: str) -> list[str]:
 
 
 class Build(build):
-    """Starts from an empty folder: what an earlier build left there would end in the wheel."""
+    """Starts without what an earlier build left: it would end in the wheel."""
 
     def run(self) -> None:
-        """Empty the folder, then build."""
-        shutil.rmtree(self.build_lib, ignore_errors=True)
+        """Empty the build's own folder, then build; a folder given by name is left alone."""
+        if Path(self.build_base).resolve() in Path(self.build_lib).resolve().parents:
+            shutil.rmtree(Path(self.build_lib) / "cisc_ext", ignore_errors=True)
         super().run()
+
+
+class BuildPy(build_py):
+    """Without C++ in place, an earlier build's libraries go: they would be loaded."""
+
+    def run(self) -> None:
+        """Copy or link the Python files."""
+        super().run()
+        if self.editable_mode and not self.distribution.ext_modules:
+            for library in (ROOT / "cisc_ext").glob("*.so"):
+                library.unlink()
 
 
 class BuildExt(build_ext):
@@ -370,4 +393,7 @@ def extensions(env: Mapping[str, str]) -> list[Extension]:
 
 
 if __name__ == "__main__":
-    setup(ext_modules=extensions(os.environ), cmdclass={"build": Build, "build_ext": BuildExt})
+    setup(
+        ext_modules=extensions(os.environ),
+        cmdclass={"build": Build, "build_ext": BuildExt, "build_py": BuildPy},
+    )

@@ -94,7 +94,8 @@ def table(name: str, path: Path) -> str:
     where = (
         machine["gpu"] if result.get("device") == "cuda" else f"{machine['cpu']}, {result['threads']} threads"
     )
-    return f"{markdown(name, result['rows'])}\n\n{where}, torch {versions['torch']}: `{result['command']}`"
+    command = re.sub(r"(--data-root) \S+", r"\1 DATA", result["command"])
+    return f"{markdown(name, result['rows'])}\n\n{where}, torch {versions['torch']}: `{command}`"
 
 
 def _markers(name: str) -> tuple[str, str]:

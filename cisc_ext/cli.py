@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -22,7 +23,13 @@ def reporting(program: str, work: Callable[[], int | None]) -> int:
     Anything else is a fault of the program, and keeps its traceback.
     """
     try:
-        return work() or 0
+        status = work() or 0
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # Whoever read the output has enough (`| head`); nothing may be flushed there on leaving.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError, FloatingPointError) as error:
         # A worker process of the loader sends its traceback along; the last line says what was wrong.
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]

@@ -36,8 +36,16 @@ def _pool(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     }
 
 
-def _prototypes() -> dict[str, Any]:
-    return {"query": torch.randn(2, 256, 181, 181), "prototypes": torch.randn(2, 19, 256)}
+def _pool_of(slots: int, features: tuple[int, ...], labels: tuple[int, int]) -> dict[str, Any]:
+    return {
+        "features": torch.randn(1, *features),
+        "labels": _labels(1, *labels, classes=slots),
+        "classes": torch.arange(slots)[None],
+    }
+
+
+def _prototypes(*size: int) -> dict[str, Any]:
+    return {"query": torch.randn(*size), "prototypes": torch.randn(size[0], 19, size[1])}
 
 
 def _cross(reduction: str, own: bool = False, size: tuple[int, int] = (80, 80), k: int = 8) -> dict[str, Any]:
@@ -57,6 +65,11 @@ def _rectified(**more: Any) -> dict[str, Any]:
     return {"logits": torch.randn(2, 19, 181, 181), "labels": _labels(2, 721, 721), **maps, **more}
 
 
+def _many_classes(dtype: torch.dtype) -> dict[str, Any]:
+    logits = torch.randn(16, 81, 129, 129, dtype=dtype)
+    return {"logits": logits, "labels": _labels(16, 129, 129, classes=81)}
+
+
 def _predict() -> dict[str, Any]:
     logits = torch.randn(1, 19, 256, 512)
     return {"logits": logits, "size": (1024, 2048), "labels": _labels(1, 1024, 2048)}
@@ -66,13 +79,28 @@ REDUCTIONS = ("max", "topk", "softmax", "mean")
 SIZES: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "masked_average_pool": ("masked_average_pool", _pool),
     "masked_average_pool-bfloat16": ("masked_average_pool", lambda: _pool(torch.bfloat16)),
-    "prototype_similarity": ("prototype_similarity", _prototypes),
+    "masked_average_pool-one_row": ("masked_average_pool", lambda: _pool_of(3, (256, 1, 8192), (1, 32768))),
+    "masked_average_pool-81_classes": (
+        "masked_average_pool",
+        lambda: _pool_of(81, (16, 256, 512), (512, 1024)),
+    ),
+    "prototype_similarity": ("prototype_similarity", lambda: _prototypes(2, 256, 181, 181)),
+    "prototype_similarity-one_row": ("prototype_similarity", lambda: _prototypes(1, 256, 1, 65536)),
     **{f"cross_similarity-{r}": ("cross_similarity", partial(_cross, r)) for r in REDUCTIONS},
     "cross_similarity-own": ("cross_similarity", lambda: _cross("softmax", own=True)),
     "cross_similarity-one_row": ("cross_similarity", lambda: _cross("max", size=(1, 6400))),
     "cross_similarity-large_k": ("cross_similarity", lambda: _cross("topk", size=(12, 64), k=700)),
+    "cross_similarity-huge_k": ("cross_similarity", lambda: _cross("topk", size=(8, 8), k=10**6)),
     "map_consistency": ("map_consistency", _maps),
     "rectified_cross_entropy": ("rectified_cross_entropy", _rectified),
+    "rectified_cross_entropy-81_classes": (
+        "rectified_cross_entropy",
+        lambda: _many_classes(torch.float32),
+    ),
+    "rectified_cross_entropy-81_classes_bfloat16": (
+        "rectified_cross_entropy",
+        lambda: _many_classes(torch.bfloat16),
+    ),
     "rectified_cross_entropy-none": ("rectified_cross_entropy", lambda: _rectified(reduction="none")),
     "rectified_cross_entropy-ohem": ("rectified_cross_entropy", lambda: _rectified(ohem_threshold=0.7)),
     "predict": ("predict", _predict),
@@ -80,11 +108,17 @@ SIZES: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
 
 
 def _saved_mib(name: str, inputs: dict[str, Any]) -> float:
-    """The index of "max", the winners N*S*k of "topk", the log totals of "softmax"."""
+    """The index of "max", the winners N*S*k of "topk", the log totals of "softmax"; gradients in float32
+    that the forward pass of a loss makes."""
+    if name == "map_consistency" or (
+        name == "rectified_cross_entropy" and inputs.get("reduction", "mean") != "none"
+    ):
+        return next(iter(inputs.values())).numel() * 4 / MIB
     if name != "cross_similarity":
         return 0.0
     slots = inputs["classes"].shape[1] if "classes" in inputs else 1
-    each = {"max": 8, "topk": 8 * inputs.get("k", 0), "softmax": 4, "mean": 0}[inputs["reduction"]]
+    winners = min(inputs.get("k", 8), inputs["guide"].shape[2] * inputs["guide"].shape[3])
+    each = {"max": 8, "topk": 8 * winners, "softmax": 4, "mean": 0}[inputs["reduction"]]
     return inputs["query"].shape[2] * inputs["query"].shape[3] * slots * each / MIB
 
 

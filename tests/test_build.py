@@ -8,12 +8,14 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from setuptools import Distribution
 from torch import Tensor
 from torch.nn import functional
 
@@ -23,6 +25,23 @@ ROOT = Path(__file__).resolve().parents[1]
 EPS = 5e-4
 
 compiled = pytest.mark.skipif(not _library.LOADED, reason=f"no compiled operators: {_library.REASON}")
+
+
+def test_what_was_built_loads() -> None:
+    """Without this, the tests of a library that does not load would all be skipped, and be green."""
+    if not _library.PATH.is_file():
+        pytest.skip("built without C++ (CISC_CPP=0)")
+    assert _library.LOADED, _library.REASON
+
+
+def test_why_a_library_does_not_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "_ops.so"
+    broken.write_bytes(b"")
+    monkeypatch.setattr(_library, "PATH", broken)
+    monkeypatch.setattr(_library, "LOADED", False)
+    monkeypatch.setattr(_library, "REASON", "")
+    _library.load()
+    assert not _library.LOADED and re.match(r"_ops.so cannot be loaded: .*file too short", _library.REASON)
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +97,76 @@ def test_objects_are_reused_by_content(tree: Path) -> None:
     assert "module." not in third
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_two_builds_at_once(tree: Path) -> None:
+    """Both end well and leave whole libraries, whether in two processes or in two threads of one."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith("CISC_")}
+    env |= {"CISC_CUDA": "0", "CISC_DEBUG": "1"}
+    shutil.rmtree(tree / "build", ignore_errors=True)
+    command = [sys.executable, "setup.py", "build_ext", "--inplace", "-j", "2"]
+    started = [
+        subprocess.Popen(
+            command, cwd=tree, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for _ in range(2)
+    ]
+    outputs = [process.communicate(timeout=300)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0], outputs
+    made = [path for path in (tree / "cisc_ext").iterdir() if path.suffix == ".so"]
+    assert len(made) == 2 and all(path.read_bytes()[:4] == b"\x7fELF" for path in made)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_pip(tree: Path, tmp_path: Path) -> None:
+    """README's installation in place, and a wheel, which holds what was built and no more."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith("CISC_")}
+    env |= {"CISC_CUDA": "0", "CISC_DEBUG": "1"}
+    elsewhere = ["--no-deps", "--ignore-installed", "--prefix", str(tmp_path / "prefix")]  # not in this one
+    for words in (
+        ["install", "--no-build-isolation", "-e", ".", *elsewhere],
+        ["wheel", "--no-build-isolation", "--no-deps", "-w", str(tmp_path), "."],
+    ):
+        command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *words]
+        done = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if name.startswith("cisc_ext/")]
+    assert "cisc_ext/_ops.so" in names and len([name for name in names if name.endswith(".so")]) == 2
+    assert {name for name in names if not name.endswith(".so")} == {"cisc_ext/__init__.py"}
+    assert (tree / "cisc_ext" / "_ops.so").is_file()
+
+
+def test_a_folder_given_by_name_keeps_its_files(tree: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build", "--build-lib", str(tmp_path)],
+        cwd=tree,
+        env={**os.environ, "CISC_CPP": "0"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "mine").read_text() == "mine" and (tmp_path / "cisc_ext").is_dir()
+
+
+def test_without_cpp_old_libraries_go(
+    setup_py: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cisc_ext").mkdir()
+    for name in ("_ops.so", "__init__.py"):
+        (tmp_path / "cisc_ext" / name).touch()
+    monkeypatch.setattr(setup_py, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for modules, left in ((["one"], {"_ops.so", "__init__.py"}), ([], {"__init__.py"})):
+        command = setup_py.BuildPy(Distribution({"packages": [], "ext_modules": modules}))
+        command.editable_mode = True
+        command.ensure_finalized()
+        command.run()
+        assert {path.name for path in (tmp_path / "cisc_ext").iterdir()} == left
+
+
 @pytest.mark.parametrize(
     ("env", "message"),
     [
@@ -120,6 +209,8 @@ def test_cuda_choice_says_why(setup_py: ModuleType, tmp_path: Path) -> None:
     nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.0, V13.0.88'\n")
     nvcc.chmod(0o755)
     assert setup_py.decide_cuda({"CUDA_HOME": str(tmp_path)}, tmp_path).left_out == "no CUDA sources"
+    with pytest.raises(SystemExit, match=r"^cisc_ext: CISC_CUDA=1, but csrc has no CUDA sources yet$"):
+        setup_py.decide_cuda({"CUDA_HOME": str(tmp_path), "CISC_CUDA": "1"}, tmp_path)
     (tmp_path / "new_cuda.cu").touch()
     cuda = setup_py.decide_cuda({"CUDA_HOME": str(tmp_path)}, tmp_path)
     assert (cuda.left_out, [path.name for path in cuda.sources]) == ("", ["new_cuda.cu"])

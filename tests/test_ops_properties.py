@@ -158,9 +158,17 @@ def test_upsampling_in_pieces_is_that_of_torch(
     got = _upsampled(x, (height, width), align_corners, step)
     want = F.interpolate(x, (height, width), mode="bilinear", align_corners=align_corners)
     assert_close(got, want, ROUNDING, what="upsampled")
-    rows = _bilinear.matrix(h, height, align_corners, torch.float64, x.device)
-    columns = _bilinear.matrix(w, width, align_corners, torch.float64, x.device)
-    assert_close(rows @ x @ columns.t(), want, ROUNDING, what="as matrices")
+
+
+@quick
+@given(some, many, st.booleans(), st.data())
+def test_outputs_of_a_range_of_inputs(n: int, m: int, align_corners: bool, data: st.DataObject) -> None:
+    start = data.draw(st.integers(0, n - 1))
+    stop = data.draw(st.integers(start + 1, n))
+    low, high, _ = _bilinear.axis(n, m, align_corners, torch.float64, torch.device("cpu"))
+    first, last = _bilinear.outputs_of(n, m, align_corners, start, stop)
+    taken = [i for i in range(m) if int(low[i]) < stop and int(high[i]) >= start]
+    assert set(taken) <= set(range(first, last)) <= {i for i in range(m) if start - 1 <= int(low[i]) < stop}
 
 
 @quick

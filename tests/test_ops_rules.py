@@ -22,9 +22,12 @@ from opcases import (
     skip_unless_able,
 )
 from torch import Tensor
+from torch._library.custom_ops import OPDEFS
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cisc_ext import ops
-from cisc_ext.ops import _bilinear, _cross_reference
+from cisc_ext.ops import _bilinear, _checks, _cross_reference
 from cisc_ext.ops.registry import OPERATORS, Implementation, Operator, Sample
 
 FLOAT32_ROUNDING = 16 * torch.finfo(torch.float32).eps
@@ -60,6 +63,102 @@ def test_strides_do_not_matter(
             for name, result in got.items():
                 relative = FLOAT32_ROUNDING if result.is_floating_point() else 0
                 assert_close(result, want[name], relative, what=f"{name} with {argument} {layout}")
+
+
+class _Watch(TorchDispatchMode):
+    """Notes what would make a GPU's host wait, also inside our operators."""
+
+    WAITS = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "_unique2", "masked_select", "equal")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "cisc_ext":
+            with self:
+                return OPDEFS[func._schema.name]._init_fn(*args)
+        masked = "index" in func._schema.name and any(
+            part is not None and part.dtype == torch.bool
+            for part in (args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else [])
+        )
+        if masked or func._schema.name.removeprefix("aten::") in self.WAITS:
+            self.waits.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("operator", "sample"),
+    [
+        pytest.param(operator, sample, id=f"{name}-{sample.name}")
+        for name, operator in OPERATORS.items()
+        for sample in operator.samples()
+    ],
+)
+def test_references_never_wait_for_a_gpu(
+    operator: Operator, sample: Sample, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where values are not checked, as on a GPU, and what depends on sizes alone is there already."""
+    monkeypatch.setattr(_checks, "invalid_values", lambda invalid, expected, values: invalid.any())
+    inputs = cast(operator, sample, (torch.float32,) * len(operator.features))
+    run_operator(operator, inputs, "reference")
+    with _Watch() as watch:
+        run_operator(operator, inputs, "reference")
+    assert watch.waits == []
+
+
+def test_waiting_is_noticed() -> None:
+    query = torch.rand(1, 2, 3, 3)
+    labels = torch.zeros(1, 3, 3, dtype=torch.int64)
+    with _Watch() as watch:
+        torch.ones(2).nonzero()
+        torch.ones(2)[torch.ones(2) > 0]
+        bool(torch.ones(()))
+        ops.cross_similarity(query, query, labels, query_labels=labels, reduction="mean")  # says so itself
+    assert watch.waits == ["aten::nonzero", "aten::index", "aten::_local_scalar_dense", "aten::_unique2"]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("operator", "implementation", "sample"), CASES)
+def test_second_derivatives_are_right_or_refused(
+    operator: Operator, implementation: Implementation, sample: Sample, device: str
+) -> None:
+    """A gradient that is taken for a constant would be silently wrong in a gradient penalty."""
+    inputs = cast(operator, sample, (torch.float32,) * len(operator.features), device)
+    skip_unless_able(operator, implementation, inputs)
+    if not operator.differentiable or is_empty(inputs):
+        pytest.skip("nothing to differentiate")
+    for name in operator.differentiable:
+        leaf = inputs[name].detach().requires_grad_()
+
+        def penalty(leaf: Tensor, name: str, result: Callable[..., Any]) -> Tensor:
+            output = result(**(inputs | {name: leaf}))
+            output = output[0] if isinstance(output, tuple) else output
+            loss = 7 * output.square().sum() + leaf.pow(3).sum()
+            return torch.autograd.grad(loss, leaf, create_graph=True)[0].square().sum()
+
+        ours = penalty(leaf, name, lambda **given: operator.function(**given, impl=implementation.name))
+        if operator.name != "masked_average_pool":
+            with pytest.raises(RuntimeError, match="no autograd formula"):
+                ours.backward()
+            continue
+        ours.backward()
+        naive = leaf.detach().clone().requires_grad_()
+        penalty(naive, name, oracles.masked_average_pool).backward()
+        assert leaf.grad is not None and naive.grad is not None
+        assert_close(leaf.grad, naive.grad, 4 * FLOAT32_ROUNDING, what=f"penalty's gradient to {name}")
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # by make_dual
+@pytest.mark.parametrize(("operator", "implementation"), RUNS)
+def test_forward_mode_is_refused(operator: Operator, implementation: Implementation) -> None:
+    inputs = cast(operator, next(operator.samples()), (torch.float32,) * len(operator.features))
+    skip_unless_able(operator, implementation, inputs)
+    for name in operator.differentiable:
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(inputs[name], torch.ones_like(inputs[name]))
+            with pytest.raises(NotImplementedError, match=f"^{operator.name}: forward-mode"):
+                operator.function(**(inputs | {name: dual}), impl=implementation.name)
 
 
 @pytest.mark.parametrize("device", DEVICES)

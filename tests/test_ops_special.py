@@ -12,7 +12,7 @@ from opcases import DEVICES, RUNS, as_dtype, run, skip_unless_able
 from torch import Tensor
 
 from cisc_ext import ops
-from cisc_ext.ops import _cross_reference
+from cisc_ext.ops import _checks, _cross_reference
 from cisc_ext.ops.registry import Implementation, Operator
 
 REDUCTIONS = _cross_reference.REDUCTIONS
@@ -178,6 +178,27 @@ def test_ties_go_to_the_lowest_index(reduction: str, device: str) -> None:
         # Nothing is like code 3: all cosines are 0, and the first pixel of the class wins.
         assert int(index[0, slot, 0, 3]) == int((own == slot).to(torch.uint8).argmax())
     assert index[0, 2].unique().tolist() == [-1]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("size", [(5, 6), (1, 7), (33, 33), (41, 37), (1, 1500)], ids=str)
+@pytest.mark.parametrize("channels", [3, 33, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_equal_pixels_tie(dtype: torch.dtype, channels: int, size: tuple[int, int], device: str) -> None:
+    """Four vectors again and again, whose cosines are no round numbers: the first of the best one wins."""
+    vectors = torch.randn(channels, 4)
+    vectors[:, 0] = vectors[:, 1] * 3  # differs from another by no more than rounding
+    which = torch.randint(0, 4, size)
+    guide = vectors.to(dtype)[:, which][None].to(device)
+    query = torch.randn(1, channels, 3, 11, dtype=dtype, device=device)
+    labels = torch.zeros(1, *size, dtype=torch.uint8, device=device)
+    classes = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    _, index = ops.cross_similarity(query, guide, labels, classes, return_index=True)
+    first = [int((which.flatten() == number).to(torch.uint8).argmax()) for number in range(4)]
+    assert set(index.unique().tolist()) <= set(first)
+    k = ops.cross_similarity(query, guide, labels, classes, reduction="topk", k=10**9)
+    mean = ops.cross_similarity(query, guide, labels, classes, reduction="mean")
+    assert_close(k, mean, 1e-5, what="more winners than pixels")
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -388,3 +409,19 @@ def test_wrong_values(name: str, given: dict[str, Any], device: str, monkeypatch
         monkeypatch.setenv("CISC_CHECK", "1")
     with pytest.raises(ValueError, match=f"^{name}: (labels|classes) must be"):
         function(**inputs)
+
+
+@pytest.mark.parametrize(("name", "given"), BAD_VALUES[2:5])
+def test_wrong_values_reach_the_gradient(
+    name: str, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where values are not read, as on a GPU, a loss that is NaN must not leave a finite gradient behind."""
+    monkeypatch.setattr(_checks, "invalid_values", lambda invalid, expected, values: invalid.any())
+    first, value = next(iter(given.items()))
+    leaf = value.clone().requires_grad_()
+    labels = torch.full((1, 5, 5), given["labels"])
+    inputs = {key: torch.full((1, 1), given[key]) for key in given.keys() & {"classes"}}
+    inputs |= {key: given[key] for key in given.keys() & {"reduction"}}
+    loss = getattr(ops, name)(**{first: leaf, "labels": labels, **inputs}, impl="reference")
+    loss.sum().backward()
+    assert leaf.grad is not None and bool(loss.isnan().all()) and bool(leaf.grad.isnan().all())

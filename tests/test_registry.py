@@ -87,10 +87,11 @@ def test_decide_is_a_pure_function() -> None:
 def test_a_choice_is_logged_once_with_its_reasons(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="cisc_ext.ops"):
         for _ in range(3):
+            assert registry.choose("made", "reference", torch.zeros(1)) is _function
             assert registry.choose("made", None, torch.zeros(1)) is _function
     lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("made")]
     registry._logged.difference_update({key for key in registry._logged if key[0] == "made"})
-    assert lines == ["made on cpu: cpp; not triton: no GPU"]
+    assert lines == ["made on cpu: reference", "made on cpu: cpp; not triton: no GPU"]
 
 
 @pytest.mark.parametrize("name", registry.OPERATORS)

@@ -8,6 +8,7 @@ weights are 1 - fraction and fraction.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -52,17 +53,6 @@ def axis(n: int, m: int, align_corners: bool, dtype: torch.dtype, device: torch.
     """The axis that brings n pixels to m."""
     low, high, fraction = _positions(n, m, align_corners)
     return Axis(low.to(device), high.to(device), fraction.to(device, dtype))
-
-
-@lru_cache(maxsize=64)
-def matrix(n: int, m: int, align_corners: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The same axis as a dense [m,n] matrix, for finite operands only (0 times NaN is NaN)."""
-    low, high, fraction = _positions(n, m, align_corners)
-    dense = torch.zeros(m, n, dtype=torch.float64)
-    rows = torch.arange(m)
-    dense[rows, low] += 1 - fraction
-    dense[rows, high] += fraction
-    return dense.to(device, dtype)
 
 
 @lru_cache(maxsize=1024)
@@ -111,6 +101,15 @@ def upsample_rows(
     # Columns first: gathering along rows of memory is the slow part, and here there are fewer of them.
     strip = _blend(x[..., first : last + 1, :], columns, -1)
     return _blend(strip, Axis(rows.low - first, rows.high - first, rows.fraction), -2)
+
+
+def outputs_of(n: int, m: int, align_corners: bool, start: int, stop: int) -> tuple[int, int]:
+    """First and last of the m outputs that take anything from inputs start..stop."""
+
+    def low(i: int) -> int:
+        return _low(n, m, align_corners, i)
+
+    return bisect_left(range(m), start - 1, key=low), bisect_left(range(m), stop, key=low)
 
 
 def _low(n: int, m: int, align_corners: bool, i: int) -> int:

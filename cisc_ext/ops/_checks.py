@@ -61,15 +61,15 @@ def number(op: str, name: str, value: float, *, least: float, strict: bool = Fal
         raise ValueError(f"{op}: {name} must be {'above' if strict else 'at least'} {least:g}, got {value}")
 
 
-def whole(op: str, name: str, value: int, *, least: int | None = None) -> None:
+def whole(op: str, name: str, value: int | torch.SymInt, *, least: int | None = None) -> None:
     """Require an int, of at least `least` where given."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
     if least is not None and value < least:
         raise ValueError(f"{op}: {name} must be at least {least}, got {value}")
 
 
-def invalid_values(invalid: Tensor, message: str) -> Tensor | None:
+def invalid_values(invalid: Tensor, expected: str, values: Tensor) -> Tensor | None:
     """Deal with wrong *values*: raise on the CPU, return a 0-dim mask to poison the result with elsewhere.
 
     On a GPU reading a value would synchronise; there the mask goes to `poison`, unless `CISC_CHECK=1` asks
@@ -78,7 +78,7 @@ def invalid_values(invalid: Tensor, message: str) -> Tensor | None:
     bad = invalid.any()
     if bad.device.type == "cpu" or os.environ.get("CISC_CHECK") == "1":
         if bool(bad):
-            raise ValueError(message)
+            raise ValueError(f"{expected}, got values from {int(values.min())} to {int(values.max())}")
         return None
     return bad
 
@@ -87,7 +87,7 @@ def poison(result: Tensor, *masks: Tensor | None) -> Tensor:
     """`result`, or NaN throughout where one of the masks is set."""
     for mask in masks:
         if mask is not None:
-            result = torch.where(mask, torch.full_like(result, float("nan")), result)
+            result = result.masked_fill(mask, float("nan"))
     return result
 
 
@@ -98,7 +98,7 @@ def class_values(op: str, classes: Tensor, least_label: int = -1, limit: int | N
     if limit is not None:
         invalid = invalid | (classes >= limit)
         wanted = f"-1 or in [0, {limit})"
-    return invalid_values(invalid, f"{op}: classes must be {wanted}, got {_extremes(classes)}")
+    return invalid_values(invalid, f"{op}: classes must be {wanted}", classes)
 
 
 def label_values(op: str, labels: Tensor, limit: int, ignore_index: int) -> Tensor | None:
@@ -109,11 +109,4 @@ def label_values(op: str, labels: Tensor, limit: int, ignore_index: int) -> Tens
             # As int64: a uint8 tensor compared with -1 or 256 wraps the number around.
             values = rows.to(torch.int64)
             invalid = invalid | (((values < 0) | (values >= limit)) & (values != ignore_index)).any()
-    message = f"{op}: labels must be in [0, {limit}) or {ignore_index}, got {_extremes(labels)}"
-    return invalid_values(invalid, message)
-
-
-def _extremes(values: Tensor) -> str:
-    if values.device.type != "cpu" or values.numel() == 0:
-        return "others"
-    return f"values from {int(values.min())} to {int(values.max())}"
+    return invalid_values(invalid, f"{op}: labels must be in [0, {limit}) or {ignore_index}", labels)

@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ._bilinear import nearest_rows
-from ._reference import accumulator, through_norm, unit_rows
+from ._reference import accumulator, part, pixel_ranges, set_part, through_norm, unit_rows
 
 REDUCTIONS = ("max", "topk", "softmax", "mean")
 
@@ -19,6 +20,7 @@ _GUIDE_PIXELS = 1024
 _OPERAND_BYTES = 4 * 2**20
 _TOTAL_BYTES = 24 * 2**20
 _TOPK_CANDIDATES = 2**18
+_COLUMNS = 64
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,15 @@ class _Pair:
     labels: Tensor  # [m] int64, of the guide's pixels
     own: Tensor | None  # [n] int64, of the query's pixels; None outside own-label mode
     classes: Tensor | None  # [S] int64; None in own-label mode
+    byte_labels: bool  # own-label mode: whether all labels are of uint8
     ignore_index: int
     eps: float
     dtype: torch.dtype
+
+    def class_values(self) -> Tensor:
+        """The classes, outside own-label mode."""
+        assert self.classes is not None
+        return self.classes
 
     @property
     def slots(self) -> int:
@@ -41,13 +49,9 @@ class _Pair:
     def ranges(self, image: Tensor, most: int) -> list[tuple[int, int]]:
         """First and last pixel of each tile of at most about `most`: whole rows, or parts of one row."""
         channels, height, width = image.shape
-        most = min(most, max(1, _OPERAND_BYTES // max(1, channels * self.dtype.itemsize)))
-        if width > most:
-            starts = [row * width + column for row in range(height) for column in range(0, width, most)]
-            return [(start, min(start + most, (start // width + 1) * width)) for start in starts]
-        step = max(1, most // max(1, width))
-        rows = range(0, height if width else 0, step)
-        return [(row * width, min(row + step, height) * width) for row in rows]
+        return pixel_ranges(
+            height, width, min(most, _OPERAND_BYTES // max(1, channels * self.dtype.itemsize))
+        )
 
     def query_ranges(self, winners: int = 0) -> list[tuple[int, int]]:
         """The query's tiles, smaller where each pixel has many winners."""
@@ -72,8 +76,20 @@ class _Pair:
     ) -> Iterator[tuple[int, int, Tensor, Tensor]]:
         """First and last pixel of each tile, its unit vectors [t,C] and 1 / norm [t]."""
         for first, last in ranges:
-            units, inverse = unit_rows(_part(image, first, last), self.eps, self.dtype)
+            units, inverse = unit_rows(part(image, first, last), self.eps, self.dtype)
             yield first, last, units, inverse
+
+    def cosines(self, units: Tensor, guide_units: Tensor) -> Tensor:
+        """Cosines [t,u] of a tile of the query [t,C] and one of the guide [u,C].
+
+        A matrix product sums its last columns in another order than the others. They are spare ones here, of
+        zeros, and every tile of the guide is brought to the same width: equal guide pixels get equal cosines
+        wherever they stand, so that ties are ties.
+        """
+        widest = max(last - first for first, last in self.guide_ranges())
+        width = (-(-widest // _COLUMNS) + 1) * _COLUMNS
+        padded = functional.pad(guide_units, (0, 0, 0, width - len(guide_units)))
+        return (units @ padded.t())[:, : len(guide_units)]
 
     def member(self, s: int, q0: int, q1: int, g0: int, g1: int) -> Tensor:
         """Whether a guide pixel of a tile is of the class compared: [t,u], or [1,u] where all query pixels
@@ -84,25 +100,6 @@ class _Pair:
         assert self.own is not None
         own = self.own[q0:q1, None]
         return (labels == own) & (own != self.ignore_index)
-
-
-def _part(image: Tensor, first: int, last: int) -> Tensor:
-    """Pixels first..last, whole rows or a part of one, of an image [C,h,w] as [C,t]."""
-    width = image.shape[2]
-    row, column = divmod(first, width)
-    if last - first < width:
-        return image[:, row, column : column + last - first]
-    return image[:, row : last // width].flatten(1)
-
-
-def _set_part(image: Tensor, first: int, last: int, rows: Tensor) -> None:
-    """Write pixels [t,C] to where `_part` reads them."""
-    width = image.shape[2]
-    row, column = divmod(first, width)
-    if last - first < width:
-        image[:, row, column : column + last - first] = rows.t()
-    else:
-        image[:, row : last // width] = rows.t().unflatten(1, (-1, width))
 
 
 def _pairs(
@@ -126,6 +123,7 @@ def _pairs(
             low(guide_labels[b], guide[b]),
             None if query_labels is None else low(query_labels[b], query[b]),
             None if classes is None else classes[b].to(torch.int64),
+            query_labels is not None and query_labels.dtype == guide_labels.dtype == torch.uint8,
             ignore_index,
             eps,
             accumulator(query, guide),
@@ -228,17 +226,17 @@ def forward(
             if not return_index:
                 continue
         flat = similarity[b].flatten(1)
-        ranges = pair.query_ranges(k if reduction == "topk" else 0)
+        ranges = pair.query_ranges(saved.shape[-1] if reduction == "topk" else 0)
         for q0, q1, units, _ in pair.tiles(pair.query, ranges):
             for s in range(pair.slots):
                 best = _Best(q1 - q0, units) if index.dim() > 1 else None
                 rest: _TopK | _Softmax | None = None
                 if reduction == "topk":
-                    rest = _TopK(q1 - q0, k, units)
+                    rest = _TopK(q1 - q0, saved.shape[-1], units)
                 elif reduction == "softmax":
                     rest = _Softmax(q1 - q0, temperature, units)
                 for g0, g1, guide_units, _ in pair.tiles(pair.guide, pair.guide_ranges()):
-                    cosine = units @ guide_units.t()
+                    cosine = pair.cosines(units, guide_units)
                     cosine.masked_fill_(~pair.member(s, q0, q1, g0, g1), -torch.inf)
                     for state in (best, rest):
                         if state is not None:
@@ -281,10 +279,10 @@ def backward(
     grad_query = torch.empty_like(query) if need_query else query.new_empty(0)
     grad_guide = torch.empty_like(guide) if need_guide else guide.new_empty(0)
     for b, pair in enumerate(_pairs(query, guide, guide_labels, classes, query_labels, ignore_index, eps)):
-        part = grad[b].flatten(1)
+        grads = grad[b].flatten(1)
         if reduction == "mean":
             _mean_backward(
-                pair, part, grad_query[b] if need_query else None, grad_guide[b] if need_guide else None
+                pair, grads, grad_query[b] if need_query else None, grad_guide[b] if need_guide else None
             )
             continue
         winners = index[b].flatten(1)[..., None] if reduction == "max" else saved[b].flatten(1, 2)
@@ -297,32 +295,32 @@ def backward(
             block: list[tuple[int, int]],
             total: Tensor | None,
             pair: _Pair = pair,
-            part: Tensor = part,
+            grads: Tensor = grads,
             winners: Tensor = winners,
             value: Tensor = value,
         ) -> Tensor:  # [t,C]
             if reduction == "softmax":
                 log_total = winners.flatten(1)[:, q0:q1]
-                slots = part[:, q0:q1], value[:, q0:q1], log_total
+                slots = grads[:, q0:q1], value[:, q0:q1], log_total
                 return _softmax_backward(pair, q0, q1, units, *slots, temperature, block, total)
-            return _winners_backward(pair, units, part[:, q0:q1], winners[:, q0:q1], block, total)
+            return _winners_backward(pair, units, grads[:, q0:q1], winners[:, q0:q1], block, total)
 
-        ranges = pair.query_ranges(k if reduction == "topk" else 0)
+        ranges = pair.query_ranges(saved.shape[-1] if reduction == "topk" else 0)
         blocks = pair.guide_blocks() if need_guide else []
         if need_query and len(blocks) != 1:
             for q0, q1, units, inverse in pair.tiles(pair.query, ranges):
                 back = rows(q0, q1, units, pair.guide_ranges(), None)
-                _set_part(grad_query[b], q0, q1, through_norm(back, units, inverse))
+                set_part(grad_query[b], q0, q1, through_norm(back, units, inverse).t())
         for block in blocks:
             pixels = block[-1][1] - block[0][0]
             total = torch.zeros(pixels, query.shape[1], dtype=pair.dtype, device=query.device)
             for q0, q1, units, inverse in pair.tiles(pair.query, ranges):
                 back = rows(q0, q1, units, block, total)
                 if need_query and len(blocks) == 1:
-                    _set_part(grad_query[b], q0, q1, through_norm(back, units, inverse))
+                    set_part(grad_query[b], q0, q1, through_norm(back, units, inverse).t())
             for g0, g1, units, inverse in pair.tiles(pair.guide, block):
                 back = through_norm(total[g0 - block[0][0] : g1 - block[0][0]], units, inverse)
-                _set_part(grad_guide[b], g0, g1, back)
+                set_part(grad_guide[b], g0, g1, back.t())
     return grad_query, grad_guide
 
 
@@ -380,7 +378,7 @@ def _softmax_backward(
     # What is not finite is in the slopes of the pairs compared; in the others 0 times NaN must stay 0.
     finite = units.nan_to_num(0.0)
     for g0, g1, guide_units, _ in pair.tiles(pair.guide, block):
-        cosine = units @ guide_units.t()
+        cosine = pair.cosines(units, guide_units)
         slope = torch.zeros_like(cosine)
         for s in range(pair.slots):
             probability = (cosine / temperature - log_total[s, :, None]).exp()
@@ -393,52 +391,62 @@ def _softmax_backward(
     return result
 
 
+class _OwnLabels(NamedTuple):
+    """Rows of a table of labels."""
+
+    query: Tensor  # [n] int64
+    guide: Tensor  # [m] int64
+    valid: Tensor  # [V] bool: not the label to ignore
+
+
+def _own_labels(pair: _Pair, own: Tensor) -> _OwnLabels:
+    if pair.byte_labels:
+        return _OwnLabels(own, pair.labels, torch.arange(256, device=own.device) != pair.ignore_index)
+    values, rows = torch.cat([own, pair.labels]).unique(return_inverse=True)  # synchronises on a GPU
+    return _OwnLabels(rows[: len(own)], rows[len(own) :], values != pair.ignore_index)
+
+
 class _Means(NamedTuple):
     """Mean unit vector of the guide's pixels of each label that is compared with."""
 
-    values: Tensor  # [V] labels
     units: Tensor  # [V,C], 0 where not found
     pixels: Tensor  # [V] int64, their number
     found: Tensor  # [V] bool: a class, and with pixels
-    which: Tensor | None  # [n] int64, of the query's pixels; None outside own-label mode, where V = S
+    own: _OwnLabels | None  # None outside own-label mode, where V = S
 
     def share(self, grad: Tensor, q0: int, q1: int) -> Tensor:  # [S,t], or [t] in own-label mode
         """Gradient of the cosines with the means, 0 where there are none."""
-        if self.which is None:
+        if self.own is None:
             return torch.where(self.found[:, None], grad[:, q0:q1], 0)
-        return torch.where(self.found[self.which[q0:q1]], grad[0, q0:q1], 0)
+        return torch.where(self.found[self.own.query[q0:q1]], grad[0, q0:q1], 0)
 
 
 def _means(pair: _Pair) -> _Means:
-    which = None
-    if pair.classes is not None:
-        values = pair.classes
-        valid = values >= 0
-    else:
-        assert pair.own is not None
-        values, which = pair.own.unique(return_inverse=True)
-        valid = values != pair.ignore_index
-    total = torch.zeros(len(values), pair.guide.shape[0], dtype=pair.dtype, device=values.device)
-    count = torch.zeros(len(values), dtype=torch.int64, device=values.device)
+    own = None if pair.own is None else _own_labels(pair, pair.own)
+    valid = pair.class_values() >= 0 if own is None else own.valid
+    total = torch.zeros(len(valid), pair.guide.shape[0], dtype=pair.dtype, device=valid.device)
+    count = torch.zeros(len(valid), dtype=torch.int64, device=valid.device)
     for g0, g1, units, _ in pair.tiles(pair.guide, pair.guide_ranges()):
-        for v in range(len(values)):
-            member = pair.labels[g0:g1] == values[v]
-            total[v] += torch.where(member[:, None], units, 0).sum(0)
-            count[v] += member.sum()
+        if own is not None:
+            _add_rows(total, own.guide[g0:g1], units)
+            _add_rows(count, own.guide[g0:g1], torch.ones_like(own.guide[g0:g1]))
+            continue
+        for s in range(pair.slots):
+            member = pair.labels[g0:g1] == pair.class_values()[s]
+            total[s] += torch.where(member[:, None], units, 0).sum(0)
+            count[s] += member.sum()
     found = valid & (count > 0)
-    return _Means(
-        values, torch.where(found[:, None], total / count.clamp(min=1)[:, None], 0), count, found, which
-    )
+    return _Means(torch.where(found[:, None], total / count.clamp(min=1)[:, None], 0), count, found, own)
 
 
 def _mean_forward(pair: _Pair) -> Tensor:  # [S,n]
     means = _means(pair)
     result = torch.zeros(pair.slots, pair.query[0].numel(), dtype=pair.dtype, device=pair.query.device)
     for q0, q1, units, _ in pair.tiles(pair.query, pair.query_ranges()):
-        if means.which is None:
+        if means.own is None:
             result[:, q0:q1] = torch.where(means.found[:, None], means.units @ units.t(), 0)
         else:
-            here = means.which[q0:q1]
+            here = means.own.query[q0:q1]
             result[0, q0:q1] = torch.where(means.found[here], (means.units[here] * units).sum(1), 0)
     return result
 
@@ -454,21 +462,24 @@ def _mean_backward(
     back = torch.zeros_like(means.units)
     for q0, q1, units, inverse in pair.tiles(pair.query, pair.query_ranges()):
         share = means.share(grad, q0, q1)
-        if means.which is None:
+        if means.own is None:
             rows = share.t() @ means.units
             back += share @ units
         else:
-            here = means.which[q0:q1]
+            here = means.own.query[q0:q1]
             rows = share[:, None] * means.units[here]
             _add_rows(back, here, torch.where(means.found[here][:, None], share[:, None] * units, 0))
         if grad_query is not None:
-            _set_part(grad_query, q0, q1, through_norm(rows, units, inverse))
-    back /= means.pixels.clamp(min=1)[:, None]
+            set_part(grad_query, q0, q1, through_norm(rows, units, inverse).t())
+    back = torch.where(means.found[:, None], back / means.pixels.clamp(min=1)[:, None], 0)
     if grad_guide is None:
         return
     for g0, g1, units, inverse in pair.tiles(pair.guide, pair.guide_ranges()):
-        rows = torch.zeros_like(units)
-        for v in range(len(means.values)):
-            member = (pair.labels[g0:g1] == means.values[v]) & means.found[v]
-            rows += torch.where(member[:, None], back[v], 0)
-        _set_part(grad_guide, g0, g1, through_norm(rows, units, inverse))
+        if means.own is not None:
+            rows = back[means.own.guide[g0:g1]]
+        else:
+            rows = torch.zeros_like(units)
+            for s in range(pair.slots):
+                member = pair.labels[g0:g1] == pair.class_values()[s]
+                rows += torch.where(member[:, None], back[s], 0)
+        set_part(grad_guide, g0, g1, through_norm(rows, units, inverse).t())

@@ -31,7 +31,8 @@ def load() -> None:
         try:
             torch.ops.load_library(str(PATH))
         except OSError as error:
-            REASON = f"{PATH.name} cannot be loaded: {' '.join(str(error).split())}"
+            # torch's own message names the path alone; the loader's is its cause.
+            REASON = f"{PATH.name} cannot be loaded: {' '.join(str(error.__cause__ or error).split())}"
         else:
             LOADED, REASON = True, ""
 

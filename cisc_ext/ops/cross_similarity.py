@@ -15,6 +15,8 @@ from ._reference import accumulator, reference_op
 from .registry import Cost, Implementation, Operator, Sample, choose, never, register
 
 _NAME = "cross_similarity"
+_COLDEST = torch.finfo(torch.float32).tiny
+"""Smallest temperature: a cosine divided by a smaller one is infinite."""
 
 
 def cross_similarity(
@@ -51,11 +53,11 @@ def cross_similarity(
         guide_labels: class of each guide pixel, brought to h' x w' by "nearest-exact".
         classes: the classes to compare with. -1 gives zeros. Exactly one of this and `query_labels`.
         query_labels: "own-label" mode, S = 1: each query pixel is compared with guide pixels of its own
-            label only.
+            label only. With "mean", the reference on a GPU synchronises unless all labels are uint8.
         reduction: over the cosines with the guide pixels of the class: "max"; "topk", the mean of the k
             largest (of all if there are fewer); "softmax", their mean weighted by
             softmax(cosine / temperature); "mean". No such pixel: 0.
-        k: for "topk"; pixels.
+        k: for "topk"; pixels. More than the guide has are the same as all of them.
         temperature: for "softmax"; cosines per e-fold.
         ignore_index: label of query pixels that match nothing in own-label mode.
         return_index: also return the best guide pixel, row-major in h' x w', whatever the reduction; -1 if
@@ -98,7 +100,7 @@ def cross_similarity(
         checks.same_device(_NAME, "query_labels", query_labels, "query", query)
     checks.choice(_NAME, "reduction", reduction, REDUCTIONS)
     checks.whole(_NAME, "k", k, least=1)
-    checks.number(_NAME, "temperature", temperature, least=0.0, strict=True)
+    checks.number(_NAME, "temperature", temperature, least=_COLDEST)
     checks.whole(_NAME, "ignore_index", ignore_index)
     checks.number(_NAME, "eps", eps, least=0.0, strict=True)
     run = choose(_NAME, impl, query, guide)
@@ -129,7 +131,8 @@ def _fake(
     dtype, device = accumulator(query, guide), query.device
     shape = (query.shape[0], 1 if classes is None else classes.shape[1], *query.shape[2:])
     indexed = return_index or reduction == "max"
-    saved = {"topk": (*shape, k), "softmax": shape}.get(reduction, (0,))
+    winners = max(1, min(k, guide.shape[2] * guide.shape[3]))
+    saved = {"topk": (*shape, winners), "softmax": shape}.get(reduction, (0,))
     return (
         torch.empty(shape, dtype=dtype, device=device),
         torch.empty(shape if indexed else (0,), dtype=torch.int64, device=device),

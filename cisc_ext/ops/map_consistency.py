@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import _checks as checks
 from ._bilinear import add_adjoint_rows, pieces, upsample_rows
-from ._reference import accumulator, reference_op
+from ._reference import accumulator, reference_op, scaled_gradient
 from .registry import Cost, Implementation, Operator, Sample, choose, never, register
 
 _NAME = "map_consistency"
@@ -119,13 +119,12 @@ def _reference(
                     slope = torch.where(positive, -share[b, s], share[b, s]) / probability
                     slope = torch.where(inside, slope, 0)
                     add_adjoint_rows(grad[b, s], slope, (height, width), False, start, stop)
-    count = pixels.clamp(min=1)
-    return checks.poison((total / count).to(dtype), invalid), grad.div_(count)
+    count = checks.poison(pixels.clamp(min=1).to(torch.float64), invalid)
+    return (total / count).to(dtype), grad.div_(count)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.dtype = inputs[0].dtype
-    ctx.save_for_backward(output[1])
+    ctx.save_for_backward(output[1], inputs[0])
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
 
@@ -133,8 +132,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 5
-    (saved,) = ctx.saved_tensors
-    return (saved * grad).to(ctx.dtype), None, None, None, None
+    saved, similarity = ctx.saved_tensors
+    return scaled_gradient(saved, grad, similarity), None, None, None, None
 
 
 _reference.register_autograd(_backward, setup_context=_save)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from . import _checks as checks
 from . import _library
-from ._bilinear import matrix, pieces
-from ._reference import accumulator, reference_op
+from ._bilinear import PIECE_BYTES, add_adjoint_rows, outputs_of, pieces
+from ._reference import accumulator, part, pixel_ranges, reference_op, set_part
 from .registry import Call, Cost, Implementation, Operator, Sample, choose, never, register
 
 _NAME = "masked_average_pool"
@@ -68,19 +68,27 @@ def masked_average_pool(
 
 
 def _adjoint_mask(
-    labels: Tensor, target: Tensor, h: int, w: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """The adjoint of the upsampling of 1[labels = target] of one image, [h,w], and how many they are."""
+    labels: Tensor, target: Tensor, h: int, w: int, dtype: torch.dtype, first: int, last: int
+) -> Tensor:
+    """Pixels first..last of the adjoint of the upsampling of 1[labels = target] of one image."""
     height, width = labels.shape
-    rows = matrix(h, height, False, dtype, labels.device)
-    columns = matrix(w, width, False, dtype, labels.device)
     weight = torch.zeros(h, w, dtype=dtype, device=labels.device)
-    count = torch.zeros((), dtype=torch.int64, device=labels.device)
-    for start, stop in pieces(height, width * torch.int64.itemsize):
-        mask = (labels[start:stop].to(torch.int64) == target) & (target >= 0)
-        count += mask.sum()
-        weight += rows[start:stop].t() @ (mask.to(dtype) @ columns)
-    return weight, count.to(dtype)
+    begin, end = outputs_of(h, height, False, first // w, (last - 1) // w + 1)
+    for start, stop in pieces(end - begin, width * torch.int64.itemsize):
+        rows = slice(begin + start, begin + stop)
+        mask = (labels[rows].to(torch.int64) == target) & (target >= 0)
+        add_adjoint_rows(weight, mask.to(dtype), (height, width), False, rows.start, rows.stop)
+    return part(weight[None], first, last)[0]
+
+
+def _pixels(labels: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
+    """How many pixels of one image bear each of the targets, [S]."""
+    counts = torch.zeros(targets.shape, dtype=torch.int64, device=labels.device)
+    for start, stop in pieces(labels.shape[0], labels.shape[1] * torch.int64.itemsize):
+        values = labels[start:stop].to(torch.int64)
+        for s in range(len(targets)):
+            counts[s] += ((values == targets[s]) & (targets[s] >= 0)).sum()
+    return counts.to(dtype)
 
 
 def _fake(features: Tensor, labels: Tensor, classes: Tensor, eps: float) -> Tensor:
@@ -97,13 +105,12 @@ def _reference(features: Tensor, labels: Tensor, classes: Tensor, eps: float) ->
     batch, channels, h, w = features.shape
     prototypes = torch.zeros(batch, classes.shape[1], channels, dtype=dtype, device=features.device)
     for b in range(batch):
-        for s in range(classes.shape[1]):
-            weight, count = _adjoint_mask(labels[b], classes[b, s], h, w, dtype)
-            for start, stop in pieces(h, channels * w * dtype.itemsize):
-                part = weight[start:stop].flatten()
-                pixels = features[b, :, start:stop].to(dtype).flatten(1)
-                prototypes[b, s] += torch.where(part > 0, pixels, torch.zeros_like(part)) @ part
-            prototypes[b, s] /= count + eps
+        for first, last in pixel_ranges(h, w, PIECE_BYTES // max(1, channels * dtype.itemsize)):
+            pixels = part(features[b], first, last).to(dtype)
+            for s in range(classes.shape[1]):
+                weight = _adjoint_mask(labels[b], classes[b, s], h, w, dtype, first, last)
+                prototypes[b, s] += torch.where(weight > 0, pixels, torch.zeros_like(weight)) @ weight
+        prototypes[b] /= (_pixels(labels[b], classes[b], dtype) + eps)[:, None]
     return checks.poison(prototypes, invalid)
 
 
@@ -122,16 +129,14 @@ def _reference_backward(
     grad: Tensor, labels: Tensor, classes: Tensor, h: int, w: int, eps: float, dtype: torch.dtype
 ) -> Tensor:
     batch, slots, channels = grad.shape
-    result = torch.empty(batch, channels, h, w, dtype=dtype, device=grad.device)
-    if slots == 0:
-        return result.zero_()
-    for b in range(batch):
-        masks = [_adjoint_mask(labels[b], classes[b, s], h, w, grad.dtype) for s in range(slots)]
-        weight = torch.stack([m for m, _ in masks])
-        scaled = grad[b] / (torch.stack([n for _, n in masks]) + eps)[:, None]
-        for start, stop in pieces(h, channels * w * grad.itemsize):
-            part = scaled.t() @ weight[:, start:stop].flatten(1)
-            result[b, :, start:stop] = part.view(channels, stop - start, w)
+    result = torch.zeros(batch, channels, h, w, dtype=dtype, device=grad.device)
+    for b in range(batch if slots else 0):
+        scaled = grad[b] / (_pixels(labels[b], classes[b], grad.dtype) + eps)[:, None]
+        for first, last in pixel_ranges(h, w, PIECE_BYTES // max(1, channels, slots) // grad.itemsize):
+            weights = grad.new_empty(slots, last - first)
+            for s in range(slots):
+                weights[s] = _adjoint_mask(labels[b], classes[b, s], h, w, grad.dtype, first, last)
+            set_part(result[b], first, last, scaled.t() @ weights)
     return result
 
 
@@ -145,7 +150,18 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return _reference_backward(grad, *ctx.saved_tensors, *ctx.rest), None, None, None
 
 
+def _save_twice(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, labels, classes, _, _, ctx.eps, _ = inputs
+    ctx.save_for_backward(labels, classes)
+
+
+def _backward_twice(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    # The average is linear in the features: the adjoint of its adjoint is itself.
+    return _reference(grad, *ctx.saved_tensors, ctx.eps), *[None] * 6
+
+
 _reference.register_autograd(_backward, setup_context=_save)
+_reference_backward.register_autograd(_backward_twice, setup_context=_save_twice)
 
 
 def _cpp_obstacles(call: Call) -> list[str]:
@@ -166,9 +182,15 @@ if _library.LOADED:
     def _cpp_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return _cpp_backward(grad, *ctx.saved_tensors, *ctx.rest), None, None, None
 
+    def _cpp_gradient_twice(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _cpp(grad, *ctx.saved_tensors, ctx.eps), *[None] * 6
+
     torch.library.register_fake("cisc_ext::masked_average_pool", _fake)
     torch.library.register_fake("cisc_ext::masked_average_pool_backward", _fake_backward)
     torch.library.register_autograd("cisc_ext::masked_average_pool", _cpp_gradient, setup_context=_save)
+    torch.library.register_autograd(
+        "cisc_ext::masked_average_pool_backward", _cpp_gradient_twice, setup_context=_save_twice
+    )
 
 
 def _run_cpp(features: Tensor, labels: Tensor, classes: Tensor, eps: float) -> Tensor:

@@ -51,6 +51,8 @@ def predict(
     Raises:
         TypeError, ValueError: naming the argument. A label outside its range raises on the CPU; on a GPU all
             classes become 255 and nothing is counted.
+
+    Source: the confusion matrix from which Long et al., CVPR 2015, take pixel accuracy and mean IoU.
     """
     checks.tensor(_NAME, "logits", logits, "[B,K,h,w]", checks.FEATURES)
     checks.pixels(_NAME, "logits", logits)

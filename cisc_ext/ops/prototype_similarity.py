@@ -9,8 +9,17 @@ import torch
 from torch import Tensor
 
 from . import _checks as checks
-from ._bilinear import pieces
-from ._reference import accumulator, norms, reference_op, through_norm, unit_rows
+from ._bilinear import PIECE_BYTES
+from ._reference import (
+    accumulator,
+    norms,
+    part,
+    pixel_ranges,
+    reference_op,
+    set_part,
+    through_norm,
+    unit_rows,
+)
 from .registry import Cost, Implementation, Operator, Sample, choose, never, register
 
 _NAME = "prototype_similarity"
@@ -55,6 +64,12 @@ def prototype_similarity(
     return similarity
 
 
+def _ranges(query: Tensor, dtype: torch.dtype) -> list[tuple[int, int]]:
+    return pixel_ranges(
+        query.shape[2], query.shape[3], PIECE_BYTES // max(1, query.shape[1] * dtype.itemsize)
+    )
+
+
 def _fake(query: Tensor, prototypes: Tensor, eps: float) -> Tensor:
     shape = (query.shape[0], prototypes.shape[1], *query.shape[2:])
     return torch.empty(shape, dtype=accumulator(query, prototypes), device=query.device)
@@ -63,14 +78,12 @@ def _fake(query: Tensor, prototypes: Tensor, eps: float) -> Tensor:
 @reference_op(f"{_NAME}_reference", "(Tensor query, Tensor prototypes, float eps) -> Tensor", _fake)
 def _reference(query: Tensor, prototypes: Tensor, eps: float) -> Tensor:
     dtype = accumulator(query, prototypes)
-    batch, channels, h, w = query.shape
-    similarity = torch.empty(batch, prototypes.shape[1], h, w, dtype=dtype, device=query.device)
-    for b in range(batch):
+    similarity = _fake(query, prototypes, eps)
+    for b in range(query.shape[0]):
         units, _ = unit_rows(prototypes[b].t(), eps, dtype)
-        for start, stop in pieces(h, channels * w * dtype.itemsize):
-            pixels = query[b, :, start:stop].to(dtype).flatten(1)
-            cosine = (units @ pixels).mul_(norms(pixels, eps))
-            similarity[b, :, start:stop] = cosine.view(len(units), stop - start, w)
+        for first, last in _ranges(query, dtype):
+            pixels = part(query[b], first, last).to(dtype)
+            set_part(similarity[b], first, last, (units @ pixels).mul_(norms(pixels, eps)))
     return similarity
 
 
@@ -85,20 +98,19 @@ def _fake_backward(grad: Tensor, query: Tensor, prototypes: Tensor, eps: float) 
 )
 def _reference_backward(grad: Tensor, query: Tensor, prototypes: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     dtype = grad.dtype
-    batch, channels, h, w = query.shape
     grad_query, grad_prototypes = torch.empty_like(query), torch.empty_like(prototypes)
-    for b in range(batch):
+    for b in range(query.shape[0]):
         units, inverse = unit_rows(prototypes[b].t(), eps, dtype)
         grad_units = torch.zeros_like(units)
-        for start, stop in pieces(h, channels * w * dtype.itemsize):
-            pixels = query[b, :, start:stop].to(dtype).flatten(1)
+        for first, last in _ranges(query, dtype):
+            pixels = part(query[b], first, last).to(dtype)
             inverse_norm = norms(pixels, eps)
             pixels = pixels * inverse_norm
-            part = grad[b, :, start:stop].flatten(1)
-            grad_units += part @ pixels.t()
-            along = (part * (units @ pixels)).sum(0)
-            back = (units.t() @ part).sub_(pixels.mul_(along)).mul_(inverse_norm)
-            grad_query[b, :, start:stop] = back.view(channels, stop - start, w)
+            share = part(grad[b], first, last)
+            grad_units += share @ pixels.t()
+            along = (share * (units @ pixels)).sum(0)
+            back = (units.t() @ share).sub_(pixels.mul_(along)).mul_(inverse_norm)
+            set_part(grad_query[b], first, last, back)
         grad_prototypes[b] = through_norm(grad_units, units, inverse)
     return grad_query, grad_prototypes
 

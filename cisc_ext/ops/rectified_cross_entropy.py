@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import _checks as checks
 from ._bilinear import add_adjoint_rows, pieces, upsample_rows
-from ._reference import accumulator, reference_op
+from ._reference import accumulator, reference_op, scaled_gradient
 from .registry import Cost, Implementation, Operator, Sample, choose, never, register
 
 _NAME = "rectified_cross_entropy"
@@ -194,9 +194,10 @@ class _Problem(NamedTuple):
             cumulated = histogram.cumsum(0)
             if word == 0:
                 valid_pixels = cumulated[-1]
-            chosen = torch.searchsorted(cumulated, rank).clamp(max=2**16 - 1)
-            rank = rank - (cumulated[chosen] - histogram[chosen])
-            prefix = (prefix << 16) | chosen
+            # [1]: indexing with a 0-dim tensor would ask the device for its value.
+            chosen = torch.searchsorted(cumulated, rank).clamp(max=2**16 - 1)[None]
+            rank = rank - (cumulated - histogram).index_select(0, chosen)[0]
+            prefix = (prefix << 16) | chosen[0]
         if min_kept > 0:
             smallest = prefix.to(bits).view(self.dtype)
             limit = torch.where(valid_pixels < min_kept, float("inf"), torch.maximum(limit, smallest))
@@ -291,8 +292,13 @@ def _reference(
             problem.add_gradient(grad, piece, log, kept, weight)
     if reduction == "none":
         return checks.poison(loss, *invalid), grad
-    divisor: Any = {"sum": 1, "mean": max(labels.numel(), 1), "valid_mean": count.clamp(min=1)}[reduction]
-    return checks.poison((total / divisor).to(loss.dtype), *invalid), grad.div_(divisor)
+    if reduction == "valid_mean":
+        divisor = count.clamp(min=1).to(torch.float64)
+    else:
+        pixels = max(labels.numel(), 1) if reduction == "mean" else 1
+        divisor = torch.full((), pixels, dtype=torch.float64, device=logits.device)
+    divisor = checks.poison(divisor, *invalid)
+    return (total / divisor).to(loss.dtype), grad.div_(divisor)
 
 
 def _fake_backward(grad: Tensor, logits: Tensor, *rest: Any) -> Tensor:
@@ -313,23 +319,23 @@ def _reference_backward(
     ohem_threshold: float | None,
     ohem_min_kept: int,
 ) -> Tensor:
-    problem, _ = _problem(logits, labels, similarity, classes, ignore_index)
+    problem, invalid = _problem(logits, labels, similarity, classes, ignore_index)
     limit = problem.keep_at_most(ohem_threshold, ohem_min_kept)
     result = torch.zeros(logits.shape, dtype=problem.dtype, device=logits.device)
     for piece in problem.pieces():
         _, log, kept, weight = problem.pixel_loss(piece, limit)
         part = grad[piece.image, piece.start : piece.stop]
         problem.add_gradient(result, piece, log, kept, part if weight is None else weight * part)
-    return torch.empty_like(logits).copy_(result)
+    return torch.empty_like(logits).copy_(checks.poison(result, *invalid))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     logits, labels, similarity, classes, *rest, _ = inputs
-    ctx.rest, ctx.dtype = rest, logits.dtype
+    ctx.rest = rest
     if ctx.rest[1] == "none":
         ctx.save_for_backward(logits, labels, similarity, classes)
     else:
-        ctx.save_for_backward(output[1])
+        ctx.save_for_backward(output[1], logits)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
 
@@ -340,7 +346,8 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor |
     if ctx.rest[1] == "none":
         result = _reference_backward(grad, *ctx.saved_tensors, *ctx.rest)
     else:
-        result = (ctx.saved_tensors[0] * grad).to(ctx.dtype)
+        saved, logits = ctx.saved_tensors
+        result = scaled_gradient(saved, grad, logits)
     return (result, *[None] * 8)
 
 

@@ -13,13 +13,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 IMPLEMENTATIONS = ("reference", "cpp", "triton")
 EXTRA_BYTES_CPU = 64 * 2**20
-"""Most that an operator may allocate on the CPU beyond inputs, outputs, gradients and saved winners."""
+"""Most that an operator may allocate on the CPU beyond inputs, outputs, gradients and saved winners.
+
+A gradient made in the forward pass is one, in float32 until it is scaled. The references hold whole rows of
+labels and upsampled logits: the bound is theirs up to about 2**20 numbers, classes times width, in a row.
+"""
 
 _log = logging.getLogger("cisc_ext.ops")
-_logged: set[tuple[str, str, tuple[torch.dtype, ...]]] = set()
+_logged: set[tuple[str, str, str, tuple[torch.dtype, ...]]] = set()
 
 
 @dataclass(frozen=True)
@@ -117,11 +122,15 @@ def decide(name: str, impl: str | None, call: Call) -> tuple[Implementation, dic
 
 def choose(name: str, impl: str | None, *features: Tensor) -> Callable[..., Any]:
     """The function of the implementation that serves these tensors; logs a choice the first time it is
-    made."""
+    made. Refuses forward-mode differentiation, which no implementation has."""
     call = Call(features[0].device.type, tuple(t.dtype for t in features))
     chosen, passed_over = decide(name, impl, call)
     if not torch.compiler.is_compiling():
-        key = (name, call.device, call.dtypes)
+        if OPERATORS[name].differentiable and any(
+            forward_ad.unpack_dual(t).tangent is not None for t in features
+        ):
+            raise NotImplementedError(f"{name}: forward-mode differentiation is not written, use backward")
+        key = (name, chosen.name, call.device, call.dtypes)
         if key not in _logged:
             _logged.add(key)
             reasons = "".join(f"; not {other}: {', '.join(why)}" for other, why in passed_over.items())
