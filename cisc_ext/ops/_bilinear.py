@@ -76,9 +76,14 @@ def adjoint_axis(
     return Adjoint(first, index.to(device), padded.to(device, dtype), (count > 0).to(device))
 
 
+def in_a_piece(bytes_each: int) -> int:
+    """How many rows, or pixels, make a temporary of about `PIECE_BYTES`."""
+    return max(1, PIECE_BYTES // max(1, bytes_each))
+
+
 def pieces(rows: int, bytes_per_row: int) -> list[tuple[int, int]]:
     """Cut `rows` into ranges whose temporaries have about `PIECE_BYTES`."""
-    step = max(1, PIECE_BYTES // max(1, bytes_per_row))
+    step = in_a_piece(bytes_per_row)
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import _checks as checks
 from . import _library
-from ._bilinear import PIECE_BYTES, add_adjoint_rows, outputs_of, pieces
+from ._bilinear import add_adjoint_rows, in_a_piece, outputs_of, pieces
 from ._reference import accumulator, part, pixel_ranges, reference_op, set_part
 from .registry import Call, Cost, Implementation, Operator, Sample, choose, never, register
 
@@ -105,7 +105,7 @@ def _reference(features: Tensor, labels: Tensor, classes: Tensor, eps: float) ->
     batch, channels, h, w = features.shape
     prototypes = torch.zeros(batch, classes.shape[1], channels, dtype=dtype, device=features.device)
     for b in range(batch):
-        for first, last in pixel_ranges(h, w, PIECE_BYTES // max(1, channels * dtype.itemsize)):
+        for first, last in pixel_ranges(h, w, in_a_piece(channels * dtype.itemsize)):
             pixels = part(features[b], first, last).to(dtype)
             for s in range(classes.shape[1]):
                 weight = _adjoint_mask(labels[b], classes[b, s], h, w, dtype, first, last)
@@ -132,7 +132,7 @@ def _reference_backward(
     result = torch.zeros(batch, channels, h, w, dtype=dtype, device=grad.device)
     for b in range(batch if slots else 0):
         scaled = grad[b] / (_pixels(labels[b], classes[b], grad.dtype) + eps)[:, None]
-        for first, last in pixel_ranges(h, w, PIECE_BYTES // max(1, channels, slots) // grad.itemsize):
+        for first, last in pixel_ranges(h, w, in_a_piece(max(channels, slots) * grad.itemsize)):
             weights = grad.new_empty(slots, last - first)
             for s in range(slots):
                 weights[s] = _adjoint_mask(labels[b], classes[b, s], h, w, grad.dtype, first, last)

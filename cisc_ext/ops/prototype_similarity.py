@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _checks as checks
-from ._bilinear import PIECE_BYTES
+from ._bilinear import in_a_piece
 from ._reference import (
     accumulator,
     norms,
@@ -65,9 +65,7 @@ def prototype_similarity(
 
 
 def _ranges(query: Tensor, dtype: torch.dtype) -> list[tuple[int, int]]:
-    return pixel_ranges(
-        query.shape[2], query.shape[3], PIECE_BYTES // max(1, query.shape[1] * dtype.itemsize)
-    )
+    return pixel_ranges(query.shape[2], query.shape[3], in_a_piece(query.shape[1] * dtype.itemsize))
 
 
 def _fake(query: Tensor, prototypes: Tensor, eps: float) -> Tensor:
