@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from setuptools import Extension, setup
 from setuptools.command.build import build
@@ -369,13 +369,18 @@ class BuildExt(build_ext):
             print(f"cisc_ext: CUDA for {' '.join(cuda.chips)} by {cuda.version}")
 
     def build_extension(self, ext: Extension) -> None:
-        """Copy the library to where setuptools expects it, replacing an old one at once."""
+        """Copy the library to where setuptools expects it."""
         made = self.builder.ops() if ext.name.endswith("._ops") else self.builder.module()
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        beside = target.with_name(f".{target.name}.{os.getpid()}")
-        shutil.copy2(made, beside)
-        os.replace(beside, target)
+        self.copy_file(made, target)
+
+    def copy_file(self, infile: Any, outfile: Any, *args: object, **options: object) -> tuple[str, bool]:
+        """Replace the old file at once: setuptools would delete it first, under a build that runs beside."""
+        beside = f"{outfile}.{os.getpid()}.part"
+        shutil.copy2(infile, beside)
+        os.replace(beside, outfile)
+        return str(outfile), True
 
 
 def extensions(env: Mapping[str, str]) -> list[Extension]:

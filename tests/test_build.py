@@ -114,6 +114,15 @@ def test_two_builds_at_once(tree: Path) -> None:
     assert [process.returncode for process in started] == [0, 0], outputs
     made = [path for path in (tree / "cisc_ext").iterdir() if path.suffix == ".so"]
     assert len(made) == 2 and all(path.read_bytes()[:4] == b"\x7fELF" for path in made)
+    assert not list((tree / "cisc_ext").glob("*.part"))
+
+    sizes = {path: path.stat().st_size for path in made}
+    for path in made:
+        os.utime(path, (0, 0))  # older than what is built, so replaced
+    with subprocess.Popen(command, cwd=tree, env=env, stdout=subprocess.DEVNULL) as again:
+        while again.poll() is None:
+            assert {path: path.stat().st_size for path in made} == sizes  # never missing, never a part
+    assert again.returncode == 0 and all(path.stat().st_mtime > 0 for path in made)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
