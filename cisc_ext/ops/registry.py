@@ -121,15 +121,21 @@ def decide(name: str, impl: str | None, call: Call) -> tuple[Implementation, dic
 
 
 def choose(name: str, impl: str | None, *features: Tensor) -> Callable[..., Any]:
-    """The function of the implementation that serves these tensors; logs a choice the first time it is
-    made. Refuses forward-mode differentiation, which no implementation has."""
+    """The function of the implementation that serves these tensors; logs a choice the first time it is made.
+
+    Raises `NotImplementedError`, as torch's own operators do, for inputs with a forward-mode tangent: torch
+    lets custom operators define backward only, and would drop the tangent without a word.
+    """
     call = Call(features[0].device.type, tuple(t.dtype for t in features))
     chosen, passed_over = decide(name, impl, call)
     if not torch.compiler.is_compiling():
         if OPERATORS[name].differentiable and any(
             forward_ad.unpack_dual(t).tangent is not None for t in features
         ):
-            raise NotImplementedError(f"{name}: forward-mode differentiation is not written, use backward")
+            raise NotImplementedError(
+                f"{name}: forward-mode differentiation is refused, since torch's custom operators can define"
+                " backward only: use backward"
+            )
         key = (name, chosen.name, call.device, call.dtypes)
         if key not in _logged:
             _logged.add(key)
