@@ -18,7 +18,7 @@ PACKAGES := .venv/.packages-$(call hash,pyproject.toml Makefile)
 SETTINGS := $(shell echo '$(CISC_CUDA) $(CISC_CPP) $(CISC_DEBUG) $(CISC_CUDA_ARCHS) $(CXX) $(CUDA_HOME)' | sha256sum | cut -c1-8)
 BUILT := .venv/.built-$(call hash,setup.py pyproject.toml Makefile $(wildcard csrc/*))-$(SETTINGS)
 
-.PHONY: help setup demo test lint format bench gpu
+.PHONY: help setup demo test soak lint format bench gpu
 
 help:
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
@@ -32,6 +32,9 @@ demo: $(BUILT)  ## the six stages on a small generated data set, into runs/demo,
 test: $(BUILT)  ## all tests
 	@$(PY) -m pytest
 
+soak: $(BUILT)  ## 100 000 random calls of the operators under AddressSanitizer and UBSan, into $(OUT)
+	@$(PY) tests/fuzz.py --cases 100000 --json "$(OUT)/soak.json"
+
 lint: $(PACKAGES)  ## style, types and format; changes nothing
 	@$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -43,8 +46,14 @@ format: $(PACKAGES)  ## bring Python and C++ into the house's form
 	$(PY) -m ruff format .
 	.venv/bin/clang-format -i csrc/*
 
-bench: $(BUILT)  ## time and memory of a training step, into $(OUT)
-	@$(PY) -m benchmarks.step --json "$(OUT)/step_cpu.json"
+# The extra "bench" has the rivals; the results say so where they are missing.
+bench: $(BUILT)  ## time and memory of a training step and of every kernel, into $(OUT); tables and pictures
+	@$(PY) -c 'from importlib.metadata import requires; print(*(r.split(";")[0] for r in requires("cisc_ext") if "bench" in r))' | \
+	    xargs $(PY) -m pip install --quiet --disable-pip-version-check || echo "rivals could not be installed" >&2
+	$(PY) -m benchmarks.step --json "$(OUT)/step_cpu.json"
+	$(PY) -m benchmarks.kernels --json "$(OUT)/kernels_cpu.json"
+	$(PY) -m benchmarks.plots --json "$(OUT)/kernels_cpu.json"
+	$(PY) -m benchmarks.tables
 
 # Refuses before anything is installed where there is no GPU.
 gpu:  ## operator tests and benchmark on an NVIDIA GPU, results into $(OUT)

@@ -2,6 +2,8 @@
 
 Environment: CISC_CPP=0 (pure Python, nothing compiled), CISC_CUDA=0|1 (default: where nvcc is found),
 CISC_CUDA_ARCHS (such as "8.0;9.0a;9.0+PTX"), CISC_DEBUG=1 (-O0 -g), CXX, CUDA_HOME.
+CISC_SANITIZE=1 (AddressSanitizer and UBSan, for tests/fuzz.py) builds into a folder of its own, never in
+place, since it loads only where their libraries are preloaded: python setup.py build --build-lib FOLDER.
 Objects are kept in build/objects under the hash of all that goes into them.
 """
 
@@ -35,11 +37,18 @@ OBJECTS = ROOT / "build" / "objects"
 
 TORCH_TARGET = "0x020a000000000000"  # the oldest torch that the operators load on: 2.10
 CUDA_ARCHS = "7.5;8.0;8.9;9.0a;9.0+PTX"
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
+AVX512 += ["-Wno-maybe-uninitialized"]  # the compiler's own headers start from undefined vectors
 # Flags by the ending of a source's name; such a file's code runs only where the CPU has them.
 INSTRUCTION_SETS = {
     "_avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "_avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
+    "_avx512": AVX512,
+    "_avx512_bf16": [*AVX512, "-mavx512bf16"],
 }
+# Any finding ends the process; float-cast-overflow (NaN to int) is the one such check not in "undefined".
+SANITIZE = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"]
+# GCC warns of what its own intrinsics leave undefined.
+SANITIZE += ["-fno-omit-frame-pointer", "-O1", "-g", "-Wno-maybe-uninitialized"]
 
 
 def stop(message: str) -> NoReturn:
@@ -205,13 +214,14 @@ class Builder:
     def __init__(self, env: Mapping[str, str]) -> None:
         self.cuda = decide_cuda(env)
         self.debug = bool(flag(env, "CISC_DEBUG"))
+        self.sanitize = SANITIZE if flag(env, "CISC_SANITIZE") else []
         self.env = env
         self.cxx = find_cxx(env)
         # What is left without a launcher (ccache g++) and flags (g++ -m64).
         self.compiler_path = [word for word in self.cxx if not word.startswith("-")][-1]
         self.compiler = run([*self.cxx, "--version"]).splitlines()[0]
         self.torch, self.torch_version = torch_folder()
-        self.optimize = ["-O0", "-g"] if self.debug else ["-O3", "-DNDEBUG"]
+        self.optimize = self.sanitize or (["-O0", "-g"] if self.debug else ["-O3", "-DNDEBUG"])
         self.sources = sorted(path for path in CSRC.glob("*.cpp") if path.name != "module.cpp")
         x86 = os.uname().machine == "x86_64"
         if not x86:
@@ -225,8 +235,9 @@ class Builder:
 
     @property
     def flags(self) -> list[str]:
-        # Neither changes a value: no trap handler and no errno is ever looked at, so selections vectorise.
-        arithmetic = ["-fno-trapping-math", "-fno-math-errno", "-fopenmp-simd"]
+        # These change no value: no trap handler and no errno is ever looked at, so selections vectorise; a
+        # product and a sum are fused only where the code says so, alike in every kernel.
+        arithmetic = ["-fno-trapping-math", "-fno-math-errno", "-fopenmp-simd", "-ffp-contract=off"]
         return ["-std=c++17", *self.optimize, *arithmetic, "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 
     def make(self, jobs: list[Job]) -> list[Path]:
@@ -280,9 +291,9 @@ class Builder:
             link = [f"-L{folder}" for folder in cuda_libraries(self.cuda.nvcc)]
             link += ["-lcudart_static", "-lrt", "-lpthread", "-ldl"]
         objects = self.make(jobs)
-        command = [*self.cxx, "-shared", "$in", "-o", "$out", f"-L{self.torch / 'lib'}", "-Wl,-z,defs"]
+        command = [*self.cxx, *self.sanitize, "-shared", "$in", "-o", "$out", f"-L{self.torch / 'lib'}"]
         # libtorch registers the operators: without its NEEDED entry the library would not load.
-        command += ["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed", "-ltorch_cpu", *link]
+        command += ["-Wl,-z,defs", "-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed", "-ltorch_cpu", *link]
         return self.make([Job(tuple(command), tuple(objects), ".so", identity)])[0]
 
     def module(self) -> Path:
@@ -296,7 +307,7 @@ class Builder:
         pybind11 = importlib.util.find_spec("pybind11")
         if pybind11 is None or pybind11.origin is None:
             stop("pybind11 was not found: pip install pybind11")
-        sets = ["baseline"]
+        sets = ["portable"]
         sets += sorted({end[1:] for s in self.sources for end in INSTRUCTION_SETS if s.stem.endswith(end)})
         facts = {
             "COMPILER": self.compiler,
@@ -313,7 +324,7 @@ class Builder:
         command = [*self.cxx, *self.flags, *defines, *include, "-c", "$in", "-o", "$out"]
         identity = f"{self.compiler} pybind11 {importlib.metadata.version('pybind11')}"
         objects = self.make([Job(tuple(command), (CSRC / "module.cpp",), ".o", identity)])
-        link = [*self.cxx, "-shared", "$in", "-o", "$out"]
+        link = [*self.cxx, *self.sanitize, "-shared", "$in", "-o", "$out"]
         return self.make([Job(tuple(link), tuple(objects), ".so", identity)])[0]
 
 
@@ -356,6 +367,12 @@ class BuildExt(build_ext):
         """Name the operator library without a Python tag: it is of no Python."""
         filename = super().get_ext_filename(fullname)
         return str(Path(filename).with_name("_ops.so")) if fullname.split(".")[-1] == "_ops" else filename
+
+    def run(self) -> None:
+        """Refuse to leave in place what Python alone cannot load, then build."""
+        if flag(os.environ, "CISC_SANITIZE") and (self.inplace or self.editable_mode):
+            stop("CISC_SANITIZE=1 builds into a folder of its own: python setup.py build --build-lib FOLDER")
+        super().run()
 
     def build_extensions(self) -> None:
         """Build both libraries, and say what is in and what was left out."""

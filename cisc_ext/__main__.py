@@ -27,6 +27,11 @@ def info(_: argparse.Namespace) -> int:
         print(f"{device} ({name}):")
         for line in choices_here(device):
             print(f"  {line}")
+    plans = _library.plans(torch.get_num_threads())
+    if plans:
+        print("plans of the C++ kernels, with gradients:")
+    for line in plans:
+        print(f"  {line}")
     if "cuda" not in devices:
         print("cuda: no device here")
     return 0

@@ -1,3 +1,4 @@
+from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
 class Info(TypedDict):
@@ -9,6 +10,20 @@ class Info(TypedDict):
     cuda_compiler: str
     cuda_chips: tuple[str, ...]
     left_out: str
+    instruction_set_in_use: str
+
+class Plan(TypedDict):
+    tile: dict[str, int]
+    workspace_bytes: int
+    flops: int
+    bytes: int
 
 def info() -> Info: ...
-def masked_average_pool_bytes(channels: int, height: int, width: int, classes: int) -> int: ...
+def plan(
+    op: str,
+    shapes: Mapping[str, Sequence[int]],
+    dtype: str = "float32",
+    device: str = "cpu",
+    backward: bool = False,
+    threads: int = 1,
+) -> Plan: ...

@@ -6,13 +6,15 @@
 #ifdef __CUDACC__
 #define CISC_HD __host__ __device__ __forceinline__
 #else
-#define CISC_HD inline
+// Never out of line: one compiled for a large instruction set must not serve the others.
+#define CISC_HD inline __attribute__((always_inline))
 #endif
 
 namespace cisc {
 
 // An output pixel lies between two input pixels: value = (1 - part/whole) * input[low] + part/whole *
-// input[high]. Integers, so that a sum of weights is exact and in no order.
+// input[high]. Integers, so that a sum of weights is exact and in no order. At the last input, high = low and
+// part = 0.
 struct Tap {
   int64_t low;
   int64_t high;
@@ -44,8 +46,10 @@ CISC_HD Tap bilinear_tap(int64_t dst, int64_t in, int64_t out, bool align_corner
     position = position > 0 ? position : 0;
   }
   tap.low = position / tap.whole;
-  tap.part = position - tap.low * tap.whole;
-  tap.high = tap.low + 1 < in ? tap.low + 1 : in - 1;
+  const bool last = tap.low + 1 >= in;
+  tap.part = last ? 0 : position - tap.low * tap.whole;
+  tap.high = last ? in - 1 : tap.low + 1;
+  tap.low = last ? in - 1 : tap.low;
   return tap;
 }
 

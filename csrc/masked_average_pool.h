@@ -4,6 +4,10 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "bilinear.h"
+#include "convert.h"
+#include "work.h"
+
 namespace cisc::masked_average_pool {
 
 constexpr int64_t kBlock = 64;             // pixels, or channels-last channels, of one inner loop
@@ -38,5 +42,51 @@ inline Plan plan(int64_t channels, int64_t height, int64_t width, int64_t slots)
             + slots * 32;                 // classes, counts, scales
   return p;
 }
+
+// With a class in every block at most; what labels leave out is not known before.
+inline Work work(const Plan& p, int64_t batch, int64_t channels, int64_t height, int64_t width,
+                 int64_t label_pixels, int64_t slots, int64_t feature_bytes, int64_t label_bytes,
+                 bool backward) {
+  const int64_t rounds = (channels + p.channels - 1) / std::max<int64_t>(p.channels, 1);
+  Work w;
+  w.flops = batch * height * width * channels * slots * 2;
+  w.bytes = batch * (height * width * channels * feature_bytes +
+                     label_pixels * label_bytes * (backward ? 1 : rounds) + slots * channels * 4);
+  return w;
+}
+
+// A rectangle of the features' grid.
+struct Piece {
+  int64_t top, bottom, left, right;
+  CISC_HD int64_t rows() const { return bottom - top; }
+  CISC_HD int64_t columns() const { return right - left; }
+  CISC_HD int64_t pixels() const { return rows() * columns(); }
+  CISC_HD int64_t blocks() const { return (pixels() + kBlock - 1) / kBlock; }
+};
+
+// Weights of one piece: block after block of kBlock pixels, of each only the classes found there.
+struct Packed {
+  Piece piece;
+  int64_t slots;
+  const float* weight;    // [blocks, slots, kBlock], 0 behind the last pixel
+  const int32_t* slot;    // [blocks, slots]
+  const int32_t* filled;  // [blocks]
+};
+
+constexpr int64_t kPlanes = 4;  // channels that share one reading of the weights
+
+struct Kernels {
+  // sums[slot, c] += features[image, first + c] . weights[slot] for the groups [begin, end) of kPlanes of
+  // `channels` channels; own: [slots, kPlanes]
+  void (*pool_planes)(const Image<const void*>& features, int64_t image, int64_t first, int64_t channels,
+                      int64_t begin, int64_t end, const Packed& weights, double* own, double* sums);
+  // The same for features whose channels lie side by side, for groups of kBlock channels.
+  void (*pool_pixels)(const Image<const void*>& features, int64_t image, int64_t first, int64_t channels,
+                      int64_t begin, int64_t end, const Packed& weights, double* sums);
+  // One channel of the gradient: sum over the slots of factor[slot] * weights[slot]. plane: [h,w], contiguous
+  void (*scatter)(const float* factor, const Packed& weights, int64_t width, Float kind, void* plane,
+                  int64_t offset);
+};
+extern const Kernels kPortable, kAvx2, kAvx512, kAvx512Bf16;
 
 }  // namespace cisc::masked_average_pool

@@ -4,10 +4,17 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <map>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
+#include "isa.h"
+#include "map_consistency.h"
 #include "masked_average_pool.h"
+#include "predict.h"
+#include "prototype_similarity.h"
+#include "rectified_cross_entropy.h"
 
 namespace py = pybind11;
 
@@ -33,16 +40,118 @@ py::dict info() {
   built["cuda_compiler"] = CISC_CUDA_COMPILER;
   built["cuda_chips"] = words(CISC_CUDA_CHIPS);
   built["left_out"] = CISC_LEFT_OUT;
+  built["instruction_set_in_use"] = cisc::kIsaNames[static_cast<int>(cisc::isa())];
   return built;
 }
 
-int64_t masked_average_pool_bytes(int64_t channels, int64_t height, int64_t width, int64_t classes) {
-  namespace op = cisc::masked_average_pool;
-  if (channels < 0 || height < 0 || width < 0 || classes < 0 || classes > op::kMaxClasses) {
-    throw std::invalid_argument("masked_average_pool_bytes: sizes must not be negative, and at most " +
-                                std::to_string(op::kMaxClasses) + " classes");
+using Shape = std::vector<int64_t>;
+using Shapes = std::map<std::string, Shape>;
+
+// The shape of an argument, of `rank` dimensions, none negative.
+const Shape& shape_of(const std::string& op, const Shapes& shapes, const std::string& name, size_t rank) {
+  const auto found = shapes.find(name);
+  if (found == shapes.end()) throw std::invalid_argument("plan: " + op + " needs the shape of " + name);
+  const Shape& shape = found->second;
+  if (shape.size() != rank || std::any_of(shape.begin(), shape.end(), [](int64_t n) { return n < 0; })) {
+    throw std::invalid_argument("plan: " + name + " must have " + std::to_string(rank) +
+                                " dimensions, none negative");
   }
-  return op::plan(channels, height, width, classes).bytes;
+  return shape;
+}
+
+// [B,C,h,w] upsampled to labels [B,H,W]
+cisc::upsample::Grid grid_of(const Shape& maps, int64_t height, int64_t width, bool align_corners) {
+  if (maps[2] == 0 || maps[3] == 0) throw std::invalid_argument("plan: maps must have at least one pixel");
+  return {maps[1], maps[2], maps[3], height, width, align_corners};
+}
+
+py::dict described(const py::dict& tile, int64_t floats, const cisc::Work& work) {
+  py::dict out;
+  out["tile"] = tile;
+  out["workspace_bytes"] = 4 * floats;
+  out["flops"] = work.flops;
+  out["bytes"] = work.bytes;
+  return out;
+}
+
+py::dict upsampling(const cisc::upsample::Plan& p, int64_t threads, int64_t other_floats,
+                    const cisc::Work& work) {
+  py::dict tile;
+  tile["label_columns"] = p.columns;
+  tile["label_rows"] = cisc::upsample::kChunk;
+  tile["feature_rows"] = p.rows;
+  tile["tasks"] = p.tasks;
+  return described(
+      tile, std::min(threads, p.images * p.tasks) * (p.thread_floats + other_floats) + p.carry_floats, work);
+}
+
+// One row per operator that has kernels here; `backward` is the gradient, made with the loss where there is
+// one.
+py::dict plan(const std::string& op, const Shapes& shapes, const std::string& dtype,
+              const std::string& device, bool backward, int64_t threads) {
+  if (device != "cpu")
+    throw std::invalid_argument("plan: there are kernels for the CPU only, got device " + device);
+  if (dtype != "float32" && dtype != "bfloat16" && dtype != "float16") {
+    throw std::invalid_argument("plan: dtype must be float32, bfloat16 or float16, got " + dtype);
+  }
+  if (threads < 1) throw std::invalid_argument("plan: threads must be at least 1");
+  const int64_t bytes = dtype == "float32" ? 4 : 2;
+  constexpr int64_t kLabelBytes = 1;  // uint8
+  if (op == "rectified_cross_entropy") {
+    namespace ns = cisc::rectified_cross_entropy;
+    const Shape &logits = shape_of(op, shapes, "logits", 4), &labels = shape_of(op, shapes, "labels", 3);
+    const auto grid = grid_of(logits, labels[1], labels[2], true);
+    const bool maps = shapes.count("similarity") > 0;
+    const auto map_grid = maps ? grid_of(shape_of(op, shapes, "similarity", 4), labels[1], labels[2], false)
+                               : cisc::upsample::Grid{0, 1, 1, labels[1], labels[2], false};
+    const auto p = ns::plan(grid, map_grid, logits[0], backward);
+    return upsampling(p, threads, 0,
+                      ns::work(grid, map_grid, p, logits[0], bytes, kLabelBytes, bytes, backward, 0));
+  }
+  if (op == "map_consistency") {
+    namespace ns = cisc::map_consistency;
+    const Shape &maps = shape_of(op, shapes, "similarity", 4), &labels = shape_of(op, shapes, "labels", 3);
+    const auto grid = grid_of(maps, labels[1], labels[2], false);
+    const auto p = ns::plan(grid, maps[0], backward);
+    return upsampling(p, threads, 0, ns::work(grid, p, maps[0], bytes, kLabelBytes, backward));
+  }
+  if (op == "predict") {
+    namespace ns = cisc::predict;
+    const Shape &logits = shape_of(op, shapes, "logits", 4), &size = shape_of(op, shapes, "size", 2);
+    const auto grid = grid_of(logits, size[0], size[1], true);
+    const auto p = ns::plan(grid, logits[0]);
+    return upsampling(p, threads, ns::kCopies * grid.planes * grid.planes * 2,
+                      ns::work(grid, p, logits[0], bytes, kLabelBytes));
+  }
+  if (op == "prototype_similarity") {
+    namespace ns = cisc::prototype_similarity;
+    const Shape &query = shape_of(op, shapes, "query", 4),
+                &prototypes = shape_of(op, shapes, "prototypes", 3);
+    const int64_t pixels = query[2] * query[3];
+    const auto p = ns::plan(query[0], query[1], pixels, prototypes[1], backward);
+    py::dict tile;
+    tile["pixels"] = p.tile;
+    tile["task_pixels"] = p.pixels;
+    tile["tasks"] = p.tasks;
+    const int64_t shared = prototypes[0] * prototypes[1] * (prototypes[2] + 2) + 2 * p.partials;
+    return described(tile, std::min(threads, p.images * p.tasks) * p.thread_floats + shared,
+                     ns::work(query[0], query[1], pixels, prototypes[1], bytes, bytes, backward));
+  }
+  if (op == "masked_average_pool") {
+    namespace ns = cisc::masked_average_pool;
+    const Shape &features = shape_of(op, shapes, "features", 4), &labels = shape_of(op, shapes, "labels", 3);
+    const int64_t slots = shape_of(op, shapes, "classes", 2)[1];
+    if (slots > ns::kMaxClasses) throw std::invalid_argument("plan: at most 65536 classes");
+    const auto p = ns::plan(features[1], features[2], features[3], slots);
+    py::dict tile;
+    tile["feature_rows"] = p.rows;
+    tile["feature_columns"] = p.columns;
+    tile["channels"] = p.channels;
+    return described(tile, p.bytes / 4,
+                     ns::work(p, features[0], features[1], features[2], features[3], labels[1] * labels[2],
+                              slots, bytes, kLabelBytes, backward));
+  }
+  throw std::invalid_argument("plan: there is no C++ kernel of " + op);
 }
 
 }  // namespace
@@ -50,8 +159,9 @@ int64_t masked_average_pool_bytes(int64_t channels, int64_t height, int64_t widt
 PYBIND11_MODULE(_build, m) {
   m.doc() = "What was built, and the workspace that the built operators take.";
   m.def("info", &info, "Compilers, flags, instruction sets, CUDA chips, and what was left out and why.");
-  m.def(
-      "masked_average_pool_bytes", &masked_average_pool_bytes, py::arg("channels"), py::arg("height"),
-      py::arg("width"), py::arg("classes"),
-      "Workspace in bytes of masked_average_pool on the CPU, for features [B,C,h,w] and S distinct classes.");
+  m.def("plan", &plan, py::arg("op"), py::arg("shapes"), py::arg("dtype") = "float32",
+        py::arg("device") = "cpu", py::arg("backward") = false, py::arg("threads") = 1,
+        "What the launcher of an operator does with arguments of these shapes (name: sizes): tile, workspace "
+        "in "
+        "bytes, FLOPs, bytes moved; with uint8 labels. ValueError for what has no kernel.");
 }

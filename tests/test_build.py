@@ -184,6 +184,7 @@ def test_without_cpp_old_libraries_go(
             "CISC_CUDA=1, but nvcc was found neither in CUDA_HOME/bin",
         ),
         ({"CISC_CUDA": "yes"}, "CISC_CUDA must be 0 or 1, got 'yes'"),
+        ({"CISC_SANITIZE": "1"}, "CISC_SANITIZE=1 builds into a folder of its own"),
         ({"CISC_CUDA_ARCHS": "8.0;sm90"}, "CISC_CUDA_ARCHS must be a list such as .*, got 'sm90'"),
         ({"CISC_CUDA_ARCHS": "7.0"}, "the oldest chip that has kernels is 7.5, got '7.0'"),
         ({"PATH": "/nowhere", "CISC_CUDA": "0"}, "no C\\+\\+ compiler"),
@@ -248,7 +249,7 @@ def test_built_info() -> None:
 
     info = _build.info()
     assert info["torch_target"] == "2.10"
-    assert "baseline" in info["instruction_sets"]
+    assert "portable" in info["instruction_sets"]
     assert bool(info["cuda_chips"]) != bool(info["left_out"])
     sizes = [
         (256, 181, 181, 1),
@@ -257,10 +258,12 @@ def test_built_info() -> None:
         (1, 1, 1 << 27, 1),
         (4096, 7, 7, 65536),
     ]
-    for size in sizes:
-        assert 0 < _build.masked_average_pool_bytes(*size) <= 64 << 20, size
+    for channels, height, width, slots in sizes:
+        shapes = {"features": (1, channels, height, width), "labels": (1, 8, 8), "classes": (1, slots)}
+        made = _build.plan("masked_average_pool", shapes)
+        assert 0 < made["workspace_bytes"] <= 64 << 20, shapes
     with pytest.raises(ValueError, match="at most 65536 classes"):
-        _build.masked_average_pool_bytes(1, 1, 1, 65537)
+        _build.plan("masked_average_pool", shapes | {"classes": (1, 65537)})
 
 
 def plain(features: Tensor, labels: Tensor, classes: Tensor) -> Tensor:

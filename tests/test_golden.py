@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import oracles
 import pytest
 import torch
 from numerics import assert_close, assert_equal, assert_rounding
 from opcases import DEVICES
 from torch import Tensor
 
+from benchmarks import naive as oracles
 from cisc_ext.ops import registry
 
 Load = Callable[[str], dict[str, Tensor]]

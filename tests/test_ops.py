@@ -21,10 +21,10 @@ from opcases import (
     run_operator,
     skip_unless_able,
 )
-from oracles import MAGNITUDES, ORACLES
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.naive import MAGNITUDES, ORACLES
 from cisc_ext.ops.registry import OPERATORS, Implementation, Operator, Sample
 
 REFERENCES = [

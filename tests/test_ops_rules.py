@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import oracles
 import pytest
 import torch
 from numerics import assert_close, assert_equal
@@ -26,6 +25,7 @@ from torch._library.custom_ops import OPDEFS
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks import naive as oracles
 from cisc_ext import ops
 from cisc_ext.ops import _bilinear, _checks, _cross_reference
 from cisc_ext.ops.registry import OPERATORS, Implementation, Operator, Sample

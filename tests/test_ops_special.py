@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import oracles
 import pytest
 import torch
 from numerics import assert_close, assert_equal, assert_rounding
 from opcases import DEVICES, RUNS, as_dtype, run, skip_unless_able
 from torch import Tensor
 
+from benchmarks import naive as oracles
 from cisc_ext import ops
 from cisc_ext.ops import _checks, _cross_reference
 from cisc_ext.ops.registry import Implementation, Operator

@@ -88,7 +88,7 @@ def test_commands_on_generated_data_work_in_their_order(workplace: Path) -> None
         if line.startswith("python ") and "DATA" not in line:
             run(line, workplace)
     assert (workplace / "scores.json").is_file() and list((workplace / "masks").rglob("*.png"))
-    assert len(json.loads((workplace / "step.json").read_text())["rows"]) == 6
+    assert len(json.loads((workplace / "step.json").read_text())["rows"]) == 8
 
 
 def test_commands_on_camvid_work(workplace: Path, few_scenes: tuple[Path, Path]) -> None:

@@ -40,7 +40,8 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Operator:
             Implementation("reference", _function, never),
         ),
         samples=lambda: iter(()),
-        cost=lambda inputs: registry.Cost(0, 0),
+        cost=lambda inputs, passes: registry.Cost(0, 0),
+        workloads=lambda: iter(()),
     )
     monkeypatch.setitem(registry.OPERATORS, "made", operator)
     return operator
@@ -107,12 +108,16 @@ def test_entries_are_complete(name: str) -> None:
     samples = list(operator.samples())
     assert len({sample.name for sample in samples}) == len(samples) > 2
     for sample, again in zip(samples, operator.samples(), strict=True):
-        cost = operator.cost(sample.inputs)
-        assert cost.flops >= 0 and cost.bytes >= 0
+        for passes in registry.PASSES:
+            cost = operator.cost(sample.inputs, passes)
+            assert cost.flops >= 0 and cost.bytes >= 0
         for key, value in sample.inputs.items():
             if isinstance(value, Tensor):
                 assert torch.equal(value, again.inputs[key]), "samples are the same each time"
                 assert not value.is_floating_point() or value.dtype == torch.float64
+    workloads = list(operator.workloads())
+    assert len({workload.name for workload in workloads}) == len(workloads) > 2
+    assert {workload.ladder for workload in workloads} == {False, True}
     assert decide(name, None, DOUBLE)[0].name == "reference"
     for device in ("cpu", "cuda", "meta"):
         assert not operator.implementations[-1].obstacles(Call(device, (torch.bfloat16,)))

@@ -67,6 +67,8 @@ def whole(op: str, name: str, value: int | torch.SymInt, *, least: int | None = 
         raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
     if least is not None and value < least:
         raise ValueError(f"{op}: {name} must be at least {least}, got {value}")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{op}: {name} must fit into 64 bits, got {value}")
 
 
 def invalid_values(invalid: Tensor, expected: str, values: Tensor) -> Tensor | None:

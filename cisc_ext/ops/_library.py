@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 
-__all__ = ["LOADED", "PATH", "REASON", "load"]
+from .registry import OPERATORS, Call
+
+__all__ = ["LOADED", "PATH", "REASON", "compiled", "cpu_obstacles", "load", "register"]
 
 PATH = Path(__file__).resolve().parent.parent / "_ops.so"
 OLDEST_TORCH = (2, 10)
@@ -40,6 +45,48 @@ def load() -> None:
 load()
 
 
+def cpu_obstacles(name: str) -> Callable[[Call], list[str]]:
+    """Why the compiled operator of that name cannot serve a call, for one that has kernels for the CPU."""
+
+    def obstacles(call: Call) -> list[str]:
+        reasons = [] if LOADED else [REASON]
+        if call.device != "cpu":
+            reasons.append(f"there is no C++ kernel of {name} for {call.device} tensors")
+        if torch.float64 in call.dtypes:
+            reasons.append("float64 is the reference's")
+        return reasons
+
+    return obstacles
+
+
+def register(
+    name: str,
+    fake: Callable[..., Any],
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., Any] | None = None,
+) -> None:
+    """Teach torch the shapes and the gradient of a compiled operator, where it is there."""
+    if not LOADED:
+        return
+    torch.library.register_fake(f"cisc_ext::{name}", fake)
+    if backward is not None:
+        torch.library.register_autograd(f"cisc_ext::{name}", backward, setup_context=setup_context)
+
+
+def refuse(ctx: Any, *grads: Tensor | None) -> NoReturn:
+    """The gradient of a gradient that has none: an error, as torch gives it for the references."""
+    raise RuntimeError("there is no autograd formula for second derivatives of this operator")
+
+
+def compiled(name: str) -> Callable[..., Any]:
+    """The compiled operator, looked up when it is called."""
+
+    def run(*arguments: Any) -> Any:
+        return getattr(torch.ops.cisc_ext, name)(*arguments)
+
+    return run
+
+
 def description() -> list[str]:
     """Lines on the compiled operators: where they are, what they were built with and for, and what was left
     out."""
@@ -54,4 +101,30 @@ def description() -> list[str]:
         shown = " ".join(value) if isinstance(value, tuple) else value
         if shown:
             lines.append(f"  {name.replace('_', ' ')}: {shown}")
+    return lines
+
+
+def plans(threads: int) -> list[str]:
+    """A line per compiled operator: what its launcher makes of the first of its workloads, in float32."""
+    if not LOADED:
+        return []
+    try:
+        from cisc_ext import _build
+    except ImportError:
+        return []
+    lines = []
+    for name, operator in sorted(OPERATORS.items()):
+        if all(one.name != "cpp" for one in operator.implementations):
+            continue
+        inputs = next(operator.workloads()).make()
+        sized = {key: getattr(value, "shape", value) for key, value in inputs.items()}
+        shapes = {key: tuple(value) for key, value in sized.items() if isinstance(value, tuple)}
+        made = _build.plan(name, shapes, "float32", "cpu", bool(operator.differentiable), threads)
+        first = operator.features[0]
+        place = f"{'x'.join(map(str, shapes[first]))} {first}"
+        tile = ", ".join(f"{value} {key.replace('_', ' ')}" for key, value in made["tile"].items())
+        lines.append(
+            f"{name} at {place}: {tile}; workspace {made['workspace_bytes'] / 2**20:.2f} MiB,"
+            f" {made['flops'] / 1e9:.3f} GFLOP, {made['bytes'] / 1e6:.1f} MB moved"
+        )
     return lines

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from . import _checks as checks
+from ._bilinear import nearest_rows
 from ._cross_reference import REDUCTIONS, backward, forward
 from ._reference import accumulator, reference_op
-from .registry import Cost, Implementation, Operator, Sample, choose, never, register
+from ._workloads import CHANNELS, CROPS, IMAGES, regions
+from .registry import Cost, Implementation, Operator, Sample, Workload, choose, never, register
 
 _NAME = "cross_similarity"
 _COLDEST = torch.finfo(torch.float32).tiny
@@ -227,16 +229,94 @@ def _samples() -> Iterator[Sample]:
     yield sample("no_classes", (1, 4, 2, 3, 2, 2, 4, 4), 0)
 
 
-def _cost(inputs: dict[str, Any]) -> Cost:
+def _workloads() -> Iterator[Workload]:
+    def workload(
+        name: str,
+        reduction: str,
+        mode: str,
+        batch: int,
+        low: tuple[int, int],
+        ladder: bool = False,
+    ) -> Workload:
+        h, w = low
+
+        def make() -> dict[str, Any]:
+            generator = torch.Generator().manual_seed(29)
+            query, guide = torch.randn(2, batch, CHANNELS, h, w, generator=generator)
+            labels = regions(2 * batch, 4 * h, 4 * w, 4, generator, crop=False).unflatten(0, (2, batch))
+            inputs = {"query": query, "guide": guide, "guide_labels": labels[0], "reduction": reduction}
+            if mode == "own":
+                return {**inputs, "query_labels": labels[1]}
+            if mode == "dense":
+                inputs["guide_labels"] = torch.zeros_like(labels[0])
+            return {**inputs, "classes": torch.zeros(batch, 1, dtype=torch.int64)}
+
+        shape = {"B": batch, "C": CHANNELS, "N": h * w, "M": h * w}
+        passes = ("forward",) if ladder else ("forward", "backward")
+        return Workload(name, shape, make, passes, mode, reduction, ladder)
+
+    for reduction in REDUCTIONS:
+        yield workload(f"n16384_dense_{reduction}", reduction, "dense", 1, (128, 128))
+    for mode in ("labels", "own"):
+        for reduction in REDUCTIONS[:3]:
+            yield workload(f"n16384_{mode}_{reduction}", reduction, mode, 1, (128, 128))
+    for size in CROPS:
+        yield workload(f"{size.name}_labels_max", "max", "labels", size.batch, size.low)
+    for pixels in (1024, 2048, 4096, 8192):
+        yield workload(f"n{pixels}_dense_max", "max", "dense", 1, (32, pixels // 32), ladder=True)
+    for size in IMAGES:
+        yield workload(f"{size.name}_dense_max", "max", "dense", 1, size.low, ladder=True)
+
+
+def _pairs(inputs: dict[str, Any]) -> tuple[int, int]:
+    """Pairs of pixels that are to be compared, and query vectors that are compared with a class's mean."""
+    query, guide, labels = inputs["query"], inputs["guide"], inputs["guide_labels"]
+    h, w = query.shape[2:]
+    if 0 in query.shape or 0 in guide.shape:
+        return 0, 0
+
+    def brought(values: Tensor, height: int, width: int) -> Tensor:
+        rows = nearest_rows(values.shape[1], height, values.device)
+        return values[:, rows][:, :, nearest_rows(values.shape[2], width, values.device)].flatten(1)
+
+    low = brought(labels, guide.shape[2], guide.shape[3])
+    classes, query_labels = inputs.get("classes"), inputs.get("query_labels")
+    if classes is not None:
+        members = ((low[:, None] == classes[..., None]) & (classes >= 0)[..., None]).sum(-1)  # [B,S]
+        return int(members.sum()) * h * w, int((members > 0).sum()) * h * w
+    assert query_labels is not None
+    own = brought(query_labels, h, w)
+    pairs = means = 0
+    for b in range(len(own)):
+        for value in own[b].unique():
+            if int(value) != inputs.get("ignore_index", 255):
+                count, members = int((own[b] == value).sum()), int((low[b] == value).sum())
+                pairs += count * members
+                means += count if members else 0
+    return pairs, means
+
+
+def _cost(inputs: dict[str, Any], passes: str) -> Cost:
     query, guide = inputs["query"], inputs["guide"]
     batch, channels, h, w = query.shape
-    classes = inputs.get("classes")
-    slots = 1 if classes is None else classes.shape[1]
-    pairs = 0 if inputs.get("reduction") == "mean" else batch * h * w * guide.shape[2] * guide.shape[3]
-    return Cost(
-        flops=2 * channels * pairs,
-        bytes=query.nbytes + guide.nbytes + inputs["guide_labels"].nbytes + 4 * batch * slots * h * w,
-    )
+    classes, reduction = inputs.get("classes"), inputs.get("reduction", "max")
+    maps = batch * (1 if classes is None else classes.shape[1]) * h * w
+    pairs, means = _pairs(inputs)
+    operands, norms = query.nbytes + guide.nbytes, 2 * (query.numel() + guide.numel())
+    # Both ways from the winners: a product towards either side of each. Softmax compares all pairs again.
+    winners = min(inputs.get("k", 8), guide.shape[2] * guide.shape[3]) if reduction == "topk" else 1
+    if reduction == "mean":
+        forward = 2 * channels * means + guide.numel()
+        backward = 4 * channels * means + guide.numel()
+    else:
+        forward = 2 * channels * pairs
+        backward = 3 * forward if reduction == "softmax" else 4 * channels * maps * winners
+    saved = 8 * maps * winners if reduction in ("max", "topk") else 4 * maps
+    labels = inputs["guide_labels"].nbytes + (0 if classes is not None else inputs["query_labels"].nbytes)
+    first = Cost(forward + norms, operands + labels + 4 * maps + saved)
+    second = Cost(backward + 2 * norms, 2 * operands + labels + 8 * maps + saved)
+    both = Cost(first.flops + second.flops, first.bytes + second.bytes)
+    return {"forward": first, "backward": second, "both": both}[passes]
 
 
 register(
@@ -246,6 +326,7 @@ register(
         implementations=(Implementation("reference", _reference, never),),
         samples=_samples,
         cost=_cost,
+        workloads=_workloads,
         differentiable=("query", "guide"),
         features=("query", "guide"),
     )

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from . import _checks as checks
+from . import _library
 from ._bilinear import add_adjoint_rows, pieces, upsample_rows
 from ._reference import accumulator, reference_op, scaled_gradient
-from .registry import Cost, Implementation, Operator, Sample, choose, never, register
+from ._workloads import Size, sizes
+from .registry import Cost, Implementation, Operator, Sample, Workload, choose, never, register
 
 _NAME = "map_consistency"
 _LOG_FLOOR = -100.0
@@ -137,6 +139,7 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor |
 
 
 _reference.register_autograd(_backward, setup_context=_save)
+_library.register(_NAME, _fake, _backward, _save)
 
 
 def _samples() -> Iterator[Sample]:
@@ -164,21 +167,45 @@ def _samples() -> Iterator[Sample]:
         )
 
 
-def _cost(inputs: dict[str, Any]) -> Cost:
+def _workloads() -> Iterator[Workload]:
+    for size, ladder in sizes():
+        for slots in (1, 4) if size.name == "cityscapes" else (1,):
+
+            def make(size: Size = size, slots: int = slots) -> dict[str, Any]:
+                generator = torch.Generator().manual_seed(13)
+                return {
+                    "similarity": torch.rand(size.batch, slots, *size.low, generator=generator),
+                    "labels": size.labels(generator),
+                    "classes": torch.arange(slots).expand(size.batch, -1).contiguous(),
+                }
+
+            name = size.name if slots == 1 else f"{size.name}_four_classes"
+            yield Workload(name, {**size.shape(), "S": slots}, make, ("forward", "both"), ladder=ladder)
+
+
+def _cost(inputs: dict[str, Any], passes: str) -> Cost:
     similarity, labels = inputs["similarity"], inputs["labels"]
-    return Cost(
-        flops=40 * labels.numel() * similarity.shape[1],
-        bytes=2 * similarity.nbytes + labels.nbytes,
-    )
+    values = labels.numel() * similarity.shape[1]
+    # Interpolation, a logarithm and the sum; then a division, its sign and the adjoint of the interpolation.
+    forward, gradient = 3 + 12 + 2, 2 + 3
+    return {
+        "forward": Cost(forward * values, similarity.nbytes + labels.nbytes),
+        "backward": Cost(similarity.numel(), 2 * similarity.nbytes),
+        "both": Cost((forward + gradient) * values, 2 * similarity.nbytes + labels.nbytes),
+    }[passes]
 
 
 register(
     Operator(
         name=_NAME,
         function=map_consistency,
-        implementations=(Implementation("reference", _reference, never),),
+        implementations=(
+            Implementation("cpp", _library.compiled(_NAME), _library.cpu_obstacles(_NAME)),
+            Implementation("reference", _reference, never),
+        ),
         samples=_samples,
         cost=_cost,
+        workloads=_workloads,
         differentiable=("similarity",),
         features=("similarity",),
     )

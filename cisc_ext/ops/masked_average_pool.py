@@ -12,7 +12,8 @@ from . import _checks as checks
 from . import _library
 from ._bilinear import add_adjoint_rows, in_a_piece, outputs_of, pieces
 from ._reference import accumulator, part, pixel_ranges, reference_op, set_part
-from .registry import Call, Cost, Implementation, Operator, Sample, choose, never, register
+from ._workloads import Size, sizes
+from .registry import Cost, Implementation, Operator, Sample, Workload, choose, never, register
 
 _NAME = "masked_average_pool"
 
@@ -164,38 +165,20 @@ _reference.register_autograd(_backward, setup_context=_save)
 _reference_backward.register_autograd(_backward_twice, setup_context=_save_twice)
 
 
-def _cpp_obstacles(call: Call) -> list[str]:
-    reasons = []
-    if not _library.LOADED:
-        reasons.append(_library.REASON)
-    if call.device != "cpu":
-        reasons.append(f"there is no C++ kernel of {_NAME} for {call.device} tensors")
-    if torch.float64 in call.dtypes:
-        reasons.append("float64 is the reference's")
-    return reasons
+_cpp = _library.compiled(_NAME)
+_cpp_backward = _library.compiled(f"{_NAME}_backward")
 
 
-if _library.LOADED:
-    _cpp = torch.ops.cisc_ext.masked_average_pool.default
-    _cpp_backward = torch.ops.cisc_ext.masked_average_pool_backward.default
-
-    def _cpp_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _cpp_backward(grad, *ctx.saved_tensors, *ctx.rest), None, None, None
-
-    def _cpp_gradient_twice(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _cpp(grad, *ctx.saved_tensors, ctx.eps), *[None] * 6
-
-    torch.library.register_fake("cisc_ext::masked_average_pool", _fake)
-    torch.library.register_fake("cisc_ext::masked_average_pool_backward", _fake_backward)
-    torch.library.register_autograd("cisc_ext::masked_average_pool", _cpp_gradient, setup_context=_save)
-    torch.library.register_autograd(
-        "cisc_ext::masked_average_pool_backward", _cpp_gradient_twice, setup_context=_save_twice
-    )
+def _cpp_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return _cpp_backward(grad, *ctx.saved_tensors, *ctx.rest), None, None, None
 
 
-def _run_cpp(features: Tensor, labels: Tensor, classes: Tensor, eps: float) -> Tensor:
-    prototypes: Tensor = torch.ops.cisc_ext.masked_average_pool(features, labels, classes, eps)
-    return prototypes
+def _cpp_gradient_twice(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return _cpp(grad, *ctx.saved_tensors, ctx.eps), *[None] * 6
+
+
+_library.register(_NAME, _fake, _cpp_gradient, _save)
+_library.register(f"{_NAME}_backward", _fake_backward, _cpp_gradient_twice, _save_twice)
 
 
 def _samples() -> Iterator[Sample]:
@@ -222,11 +205,38 @@ def _samples() -> Iterator[Sample]:
         )
 
 
-def _cost(inputs: dict[str, Any]) -> Cost:
+def _workloads() -> Iterator[Workload]:
+    for size, ladder in sizes():
+        for slots in (1,) if ladder else (1, size.classes):
+
+            def make(size: Size = size, slots: int = slots) -> dict[str, Any]:
+                generator = torch.Generator().manual_seed(7)
+                return {
+                    "features": size.features(generator),
+                    "labels": size.labels(generator),
+                    "classes": torch.arange(slots).expand(size.batch, -1).contiguous(),
+                }
+
+            name = size.name if slots == 1 else f"{size.name}_all_classes"
+            yield Workload(name, {**size.shape(channels=True), "S": slots}, make, ladder=ladder)
+
+
+def _cost(inputs: dict[str, Any], passes: str) -> Cost:
     features, labels, classes = inputs["features"], inputs["labels"], inputs["classes"]
+    batch, channels, h, w = features.shape
+    weighted = used = 0
+    for b in range(batch):
+        masks = torch.stack(
+            [_adjoint_mask(labels[b], target, h, w, torch.float32, 0, h * w) > 0 for target in classes[b]]
+            or [torch.zeros(h * w, dtype=torch.bool)]
+        )
+        weighted += int(masks.sum())
+        used += int(masks.any(0).sum())
+    # Forward reads the features of a class; backward writes all of the gradient.
+    pixels = {"forward": used, "backward": batch * h * w, "both": used + batch * h * w}[passes]
     return Cost(
-        flops=2 * features.numel() * classes.shape[1],
-        bytes=features.nbytes + labels.nbytes + 4 * classes.numel() * features.shape[1],
+        flops=(2 if passes == "both" else 1) * 2 * channels * weighted,
+        bytes=pixels * channels * features.itemsize + labels.nbytes + 4 * classes.numel() * channels,
     )
 
 
@@ -235,11 +245,12 @@ register(
         name=_NAME,
         function=masked_average_pool,
         implementations=(
-            Implementation("cpp", _run_cpp, _cpp_obstacles),
+            Implementation("cpp", _cpp, _library.cpu_obstacles(_NAME)),
             Implementation("reference", _reference, never),
         ),
         samples=_samples,
         cost=_cost,
+        workloads=_workloads,
         differentiable=("features",),
         features=("features",),
     )

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from . import _checks as checks
+from . import _library
 from ._bilinear import pieces, upsample_rows
 from ._reference import accumulator, reference_op
-from .registry import Cost, Implementation, Operator, Sample, choose, never, register
+from ._workloads import Size, sizes
+from .registry import Cost, Implementation, Operator, Sample, Workload, choose, never, register
 
 _NAME = "predict"
 _MOST_CLASSES = 256
@@ -119,6 +121,9 @@ def _reference(
     return classes, confusion
 
 
+_library.register(_NAME, _fake)
+
+
 def _samples() -> Iterator[Sample]:
     generator = torch.Generator().manual_seed(19)
     for name, (b, k, h, w, height, width) in {
@@ -143,19 +148,38 @@ def _samples() -> Iterator[Sample]:
         )
 
 
-def _cost(inputs: dict[str, Any]) -> Cost:
-    logits, (height, width) = inputs["logits"], inputs["size"]
+def _workloads() -> Iterator[Workload]:
+    for size, ladder in sizes():
+
+        def make(size: Size = size) -> dict[str, Any]:
+            generator = torch.Generator().manual_seed(19)
+            labels = size.labels(generator)
+            return {"logits": size.logits(generator), "size": labels.shape[1:], "labels": labels}
+
+        yield Workload(size.name, size.shape(), make, ("forward",), ladder=ladder)
+
+
+def _cost(inputs: dict[str, Any], passes: str) -> Cost:
+    logits, (height, width), labels = inputs["logits"], inputs["size"], inputs.get("labels")
     pixels = logits.shape[0] * height * width
-    return Cost(flops=7 * pixels * logits.shape[1], bytes=logits.nbytes + 2 * pixels)
+    # Interpolation, comparison, and choice of the index.
+    return Cost(
+        flops=5 * pixels * logits.shape[1],
+        bytes=logits.nbytes + pixels + (0 if labels is None else labels.nbytes),
+    )
 
 
 register(
     Operator(
         name=_NAME,
         function=predict,
-        implementations=(Implementation("reference", _reference, never),),
+        implementations=(
+            Implementation("cpp", _library.compiled(_NAME), _library.cpu_obstacles(_NAME)),
+            Implementation("reference", _reference, never),
+        ),
         samples=_samples,
         cost=_cost,
+        workloads=_workloads,
         features=("logits",),
     )
 )

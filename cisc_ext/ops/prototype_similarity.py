@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _checks as checks
+from . import _library
 from ._bilinear import in_a_piece
 from ._reference import (
     accumulator,
@@ -20,7 +21,8 @@ from ._reference import (
     through_norm,
     unit_rows,
 )
-from .registry import Cost, Implementation, Operator, Sample, choose, never, register
+from ._workloads import CHANNELS, Size, sizes
+from .registry import Cost, Implementation, Operator, Sample, Workload, choose, never, register
 
 _NAME = "prototype_similarity"
 
@@ -118,11 +120,18 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(query, prototypes)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_reference_backward(grad, *ctx.saved_tensors, ctx.eps), None)
+def _backward_by(operator: Callable[..., Any]) -> Callable[..., tuple[Tensor | None, ...]]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return (*operator(grad, *ctx.saved_tensors, ctx.eps), None)
+
+    return backward
 
 
-_reference.register_autograd(_backward, setup_context=_save)
+_reference.register_autograd(_backward_by(_reference_backward), setup_context=_save)
+
+_cpp_backward = _library.compiled(f"{_NAME}_backward")
+_library.register(_NAME, _fake, _backward_by(_cpp_backward), _save)
+_library.register(f"{_NAME}_backward", _fake_backward, _library.refuse)
 
 
 def _samples() -> Iterator[Sample]:
@@ -147,22 +156,45 @@ def _samples() -> Iterator[Sample]:
         )
 
 
-def _cost(inputs: dict[str, Any]) -> Cost:
+def _workloads() -> Iterator[Workload]:
+    for size, ladder in sizes():
+        for slots in (1,) if ladder else (1, size.classes):
+
+            def make(size: Size = size, slots: int = slots) -> dict[str, Any]:
+                generator = torch.Generator().manual_seed(11)
+                prototypes = torch.randn(size.batch, slots, CHANNELS, generator=generator)
+                return {"query": size.features(generator), "prototypes": prototypes.relu_()}
+
+            name = size.name if slots == 1 else f"{size.name}_all_classes"
+            shape = {**size.shape(channels=True, labels=False), "S": slots}
+            yield Workload(name, shape, make, ladder=ladder)
+
+
+def _cost(inputs: dict[str, Any], passes: str) -> Cost:
     query, prototypes = inputs["query"], inputs["prototypes"]
     pixels, slots = query.shape[0] * query.shape[2] * query.shape[3], prototypes.shape[1]
-    return Cost(
-        flops=2 * query.numel() * (slots + 1),
-        bytes=query.nbytes + prototypes.nbytes + 4 * pixels * slots,
-    )
+    # Per channel, forward: the norm and a product per prototype. Backward: the norm, a product per prototype
+    # towards the pixel, its projection, which is taken away, and a product per prototype towards that.
+    forward, backward = 2 * query.numel() * (slots + 1), 2 * query.numel() * (2 * slots + 3)
+    read, maps = query.nbytes + prototypes.nbytes, 4 * pixels * slots
+    return {
+        "forward": Cost(forward, read + maps),
+        "backward": Cost(backward, 2 * read + maps),
+        "both": Cost(forward + backward, 2 * read + 2 * maps),
+    }[passes]
 
 
 register(
     Operator(
         name=_NAME,
         function=prototype_similarity,
-        implementations=(Implementation("reference", _reference, never),),
+        implementations=(
+            Implementation("cpp", _library.compiled(_NAME), _library.cpu_obstacles(_NAME)),
+            Implementation("reference", _reference, never),
+        ),
         samples=_samples,
         cost=_cost,
+        workloads=_workloads,
         differentiable=("query", "prototypes"),
         features=("query", "prototypes"),
     )

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _checks as checks
+from . import _library
 from ._bilinear import add_adjoint_rows, pieces, upsample_rows
 from ._reference import accumulator, reference_op, scaled_gradient
-from .registry import Cost, Implementation, Operator, Sample, choose, never, register
+from ._workloads import Size, sizes
+from .registry import Cost, Implementation, Operator, Sample, Workload, choose, never, register
 
 _NAME = "rectified_cross_entropy"
 REDUCTIONS = ("mean", "valid_mean", "sum", "none")
@@ -100,7 +102,7 @@ def rectified_cross_entropy(
         checks.number(_NAME, "ohem_threshold", ohem_threshold, least=0.0)
         ohem_threshold = float(ohem_threshold)
     need_grad = reduction != "none" and logits.requires_grad and torch.is_grad_enabled()
-    run = choose(_NAME, impl, logits)
+    run = choose(_NAME, impl, logits, *([] if similarity is None else [similarity]))
     arguments = (labels, similarity, classes, ignore_index, reduction, ohem_threshold, ohem_min_kept)
     loss: Tensor = run(logits, *arguments, need_grad)[0]
     return loss
@@ -340,18 +342,39 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * 9
-    if ctx.rest[1] == "none":
-        result = _reference_backward(grad, *ctx.saved_tensors, *ctx.rest)
-    else:
-        saved, logits = ctx.saved_tensors
-        result = scaled_gradient(saved, grad, logits)
-    return (result, *[None] * 8)
+def _backward_by(recompute: Callable[..., Tensor]) -> Callable[..., tuple[Tensor | None, ...]]:
+    """Backward pass; `recompute` makes the gradient of "none", the others' was made in the forward pass."""
+
+    def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 9
+        if ctx.rest[1] == "none":
+            result = recompute(grad, *ctx.saved_tensors, *ctx.rest)
+        else:
+            saved, logits = ctx.saved_tensors
+            result = scaled_gradient(saved, grad, logits)
+        return (result, *[None] * 8)
+
+    return backward
 
 
-_reference.register_autograd(_backward, setup_context=_save)
+_reference.register_autograd(_backward_by(_reference_backward), setup_context=_save)
+
+
+def _fake_cpp_backward(grad: Tensor, logits: Tensor, *rest: Any) -> Tensor:
+    return torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
+
+
+def _cpp_recompute(grad: Tensor, logits: Tensor, *rest: Any) -> Tensor:
+    labels, similarity, classes, ignore_index, _, *ohem = rest
+    result = torch.ops.cisc_ext.rectified_cross_entropy_backward(
+        grad, logits, labels, similarity, classes, ignore_index, *ohem
+    )
+    return result.to(logits.dtype)
+
+
+_library.register(_NAME, _fake, _backward_by(_cpp_recompute), _save)
+_library.register(f"{_NAME}_backward", _fake_cpp_backward, _library.refuse)
 
 
 def _samples() -> Iterator[Sample]:
@@ -383,22 +406,58 @@ def _samples() -> Iterator[Sample]:
     yield sample("no_images", (0, 3, 4, 4, 9, 9), (1, 4, 4))
 
 
-def _cost(inputs: dict[str, Any]) -> Cost:
+def _workloads() -> Iterator[Workload]:
+    for size, ladder in sizes():
+        modes = ("rectified", "plain", "own", "pixels", "ohem")
+        for mode in modes if size.name == "cityscapes" else modes[:1]:
+
+            def make(size: Size = size, mode: str = mode) -> dict[str, Any]:
+                generator = torch.Generator().manual_seed(17)
+                inputs: dict[str, Any] = {"logits": size.logits(generator), "labels": size.labels(generator)}
+                if mode in ("rectified", "own", "pixels"):
+                    inputs["similarity"] = torch.rand(size.batch, 1, *size.low, generator=generator)
+                if mode in ("rectified", "pixels"):
+                    inputs["classes"] = torch.zeros(size.batch, 1, dtype=torch.int64)
+                if mode == "pixels":
+                    inputs["reduction"] = "none"
+                if mode == "ohem":
+                    inputs["ohem_threshold"] = 0.7
+                return inputs
+
+            name = size.name if mode == "rectified" else f"{size.name}_{mode}"
+            reduction = "none" if mode == "pixels" else "mean"
+            passes = ("forward", "backward" if mode == "pixels" else "both")
+            yield Workload(name, size.shape(), make, passes, reduction=reduction, ladder=ladder)
+
+
+def _cost(inputs: dict[str, Any], passes: str) -> Cost:
     logits, labels = inputs["logits"], inputs["labels"]
     maps = inputs.get("similarity")
-    return Cost(
-        flops=20 * labels.numel() * logits.shape[1],
-        bytes=2 * logits.nbytes + labels.nbytes + (0 if maps is None else maps.nbytes),
-    )
+    values, pixels = labels.numel() * logits.shape[1], labels.numel()
+    # Interpolation, the maximum, an exponential and its sum; then the product with the weight and the adjoint
+    # of the interpolation. "none" computes the first again in backward.
+    forward, gradient = 3 + 2 + 12 + 1, 1 + 3
+    per_pixel = 4 * pixels if inputs.get("reduction") == "none" else 0
+    read = logits.nbytes + labels.nbytes + (0 if maps is None else maps.nbytes) + per_pixel
+    recomputed = Cost((forward + gradient) * values, read + logits.nbytes)
+    return {
+        "forward": Cost(forward * values, read),
+        "backward": recomputed if per_pixel else Cost(logits.numel(), 2 * logits.nbytes),
+        "both": recomputed,
+    }[passes]
 
 
 register(
     Operator(
         name=_NAME,
         function=rectified_cross_entropy,
-        implementations=(Implementation("reference", _reference, never),),
+        implementations=(
+            Implementation("cpp", _library.compiled(_NAME), _library.cpu_obstacles(_NAME)),
+            Implementation("reference", _reference, never),
+        ),
         samples=_samples,
         cost=_cost,
+        workloads=_workloads,
         differentiable=("logits",),
         features=("logits", "similarity"),
     )

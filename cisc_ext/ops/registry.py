@@ -48,6 +48,10 @@ class Implementation:
     obstacles: Callable[[Call], list[str]]
 
 
+PASSES = ("forward", "backward", "both")
+"""What is timed: the outputs alone; the gradients from what forward saved; a loss with its gradient."""
+
+
 @dataclass(frozen=True)
 class Sample:
     """Inputs to try an operator on: float64 tensors on the CPU, to be cast and moved by the caller."""
@@ -57,8 +61,29 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Workload:
+    """Inputs to measure an operator on, at a size that matters: float32 tensors on the CPU, made when asked.
+
+    `passes` are those of `PASSES` worth timing; `ladder` marks one of a series of sizes that is there for the
+    curve over them.
+    """
+
+    name: str
+    shape: dict[str, int]
+    make: Callable[[], dict[str, Any]]
+    passes: tuple[str, ...] = ("forward", "backward")
+    mode: str | None = None
+    reduction: str | None = None
+    ladder: bool = False
+
+
+@dataclass(frozen=True)
 class Cost:
-    """The least work a call needs: floating-point operations, and bytes read and written once."""
+    """The least work a call needs: floating-point operations, and bytes read and written once.
+
+    An exponential or a logarithm counts as 12 operations, a linear interpolation as 3. Pairs and pixels that
+    labels rule out do not count.
+    """
 
     flops: int
     bytes: int
@@ -72,10 +97,14 @@ class Operator:
     function: Callable[..., Any]
     implementations: tuple[Implementation, ...]
     samples: Callable[[], Iterator[Sample]]
-    cost: Callable[[dict[str, Any]], Cost]
+    cost: Callable[[dict[str, Any], str], Cost]
+    """Of some inputs and one of `PASSES`."""
+    workloads: Callable[[], Iterator[Workload]]
     differentiable: tuple[str, ...] = ()
     features: tuple[str, ...] = field(default=())
     """Names of the inputs that may have any floating-point dtype."""
+    extra_bytes_cpu: int = EXTRA_BYTES_CPU
+    """Most that it may allocate on the CPU, counted like `EXTRA_BYTES_CPU`."""
 
 
 OPERATORS: dict[str, Operator] = {}

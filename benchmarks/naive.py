@@ -92,19 +92,32 @@ def cross_similarity(
     return value, torch.where(some, first, -1).unflatten(-1, (h, w))
 
 
-def map_consistency(similarity: Tensor, labels: Tensor, classes: Tensor, ignore_index: int = 255) -> Tensor:
-    p = upsample(similarity, (labels.shape[1], labels.shape[2]), False).clamp(0, 1)
+def map_pixels(up: Tensor, labels: Tensor, classes: Tensor, ignore_index: int) -> Tensor:
+    """Loss of each pixel [B,H,W] from maps at label resolution, 0 where it is ignored."""
+    p = up.clamp(0, 1)
     loss = F.binary_cross_entropy(p, one_hot(labels, classes).to(p.dtype), reduction="none")
     valid = (classes >= 0)[..., None, None]
     pixel = torch.where(valid, loss, 0).sum(1) / valid.sum(1).clamp(min=1)
-    kept = labels.long() != ignore_index
-    return torch.where(kept, pixel, 0).sum() / kept.sum().clamp(min=1)
+    return torch.where(labels.long() != ignore_index, pixel, 0)
+
+
+def map_consistency(similarity: Tensor, labels: Tensor, classes: Tensor, ignore_index: int = 255) -> Tensor:
+    up = upsample(similarity, (labels.shape[1], labels.shape[2]), False)
+    count = (labels.long() != ignore_index).sum().clamp(min=1)
+    return map_pixels(up, labels, classes, ignore_index).sum() / count
 
 
 def weight(labels: Tensor, similarity: Tensor | None, classes: Tensor | None) -> Tensor | float:
     if similarity is None:
         return 1.0
-    s = upsample(similarity.detach(), (labels.shape[1], labels.shape[2]), False).clamp(0, 1)
+    return weight_of(
+        upsample(similarity.detach(), (labels.shape[1], labels.shape[2]), False), labels, classes
+    )
+
+
+def weight_of(up: Tensor, labels: Tensor, classes: Tensor | None) -> Tensor:
+    """Weight of each pixel [B,H,W] from maps at label resolution."""
+    s = up.clamp(0, 1)
     if classes is None:
         return s[:, 0]
     valid = (classes >= 0)[..., None, None]

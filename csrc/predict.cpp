@@ -1,0 +1,92 @@
+// predict: classes and their confusion matrix from low-resolution logits, without logits at full resolution.
+
+#include "predict.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <mutex>
+#include <optional>
+#include <tuple>
+
+#include "isa.h"
+#include "predict_kernel.h"
+#include "tensors.h"
+
+namespace cisc::predict {
+
+extern const Kernel kPortable = &run;
+
+namespace {
+
+constexpr const char* kName = "predict";
+
+// logits: [B,K,h,w] float32, bfloat16 or float16, any strides
+// labels: [B,H,W] uint8, int32 or int64, any strides
+// outputs
+// classes: [B,H,W] uint8
+// confusion: [K,K] int64, rows = truth; [0] without labels
+std::tuple<Tensor, Tensor> forward(const Tensor& logits, int64_t height, int64_t width,
+                                   const std::optional<Tensor>& labels, int64_t ignore_index) {
+  check_rank(kName, "logits", logits, 4, "[B,K,h,w]");
+  check_features(kName, "logits", logits.scalar_type());
+  check_cpu(kName, "logits", logits);
+  const int64_t batch = logits.size(0), planes = logits.size(1);
+  check(planes >= 1 && planes <= kMaxClasses, kName, "logits must have 1 to ", kMaxClasses, " classes, got ",
+        planes);
+  check(height >= 0 && width >= 0, kName, "size must not be negative, got ", height, " x ", width);
+  if (labels.has_value()) {
+    check_labels(kName, *labels);
+    check_size(kName, "labels", *labels, 0, batch, "[B,H,W]");
+    check_size(kName, "labels", *labels, 1, height, "[B,H,W]");
+    check_size(kName, "labels", *labels, 2, width, "[B,H,W]");
+  }
+  const std::array<int64_t, 3> size{batch, height, width};
+  const std::array<int64_t, 2> square{planes, planes};
+  const std::array<int64_t, 1> none{0};
+  Tensor classes = torch::stable::new_empty(logits, {size.data(), size.size()}, ScalarType::Byte);
+  Tensor confusion = labels.has_value()
+                         ? torch::stable::new_zeros(logits, {square.data(), square.size()}, ScalarType::Long)
+                         : torch::stable::new_zeros(logits, {none.data(), none.size()}, ScalarType::Long);
+  if (classes.numel() == 0) return {classes, confusion};
+  const upsample::Grid shape = grid_of(logits, height, width, true);
+  check_grid(kName, shape);
+  const upsample::Tables table(shape);
+  const upsample::Plan p = plan(table.grid, batch);
+  Problem problem{table.grid,
+                  read_image(logits),
+                  p,
+                  labels.has_value(),
+                  {},
+                  ignore_index,
+                  static_cast<uint8_t*>(classes.mutable_data_ptr())};
+  if (labels.has_value()) problem.labels = read_labels(*labels);
+  const Kernel kernel = CISC_PICK(kPortable, kAvx2, kAvx512, kAvx512Bf16);
+  std::mutex merging;
+  bool invalid = false;
+  const int64_t cells = labels.has_value() ? planes * planes : 0;
+  upsample::run_tasks(p, table.grid, batch, nullptr, [&](const upsample::Task& task, int64_t) {
+    std::vector<int64_t> own(static_cast<size_t>(kCopies * cells), 0);
+    Sums sums{own.data()};
+    kernel(problem, task, &sums);
+    if (cells == 0) return;
+    const std::lock_guard<std::mutex> lock(merging);  // whole numbers: their sum has no order
+    invalid |= sums.invalid;
+    auto* counts = static_cast<int64_t*>(confusion.mutable_data_ptr());
+    for (int64_t copy = 0; copy < kCopies; ++copy) {
+      for (int64_t i = 0; i < cells; ++i) counts[i] += own[static_cast<size_t>(copy * cells + i)];
+    }
+  });
+  if (invalid) fail_labels(kName, *labels, planes, ignore_index);
+  return {classes, confusion};
+}
+
+}  // namespace
+}  // namespace cisc::predict
+
+STABLE_TORCH_LIBRARY_FRAGMENT(cisc_ext, m) {
+  m.def(
+      "predict(Tensor logits, SymInt height, SymInt width, Tensor? labels, int ignore_index) "
+      "-> (Tensor classes, Tensor confusion)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(cisc_ext, CPU, m) { m.impl("predict", TORCH_BOX(&cisc::predict::forward)); }

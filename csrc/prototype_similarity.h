@@ -1,0 +1,84 @@
+// How prototype_similarity cuts its work, and what its kernels are given. Needs no torch header.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "convert.h"
+#include "work.h"
+
+namespace cisc::prototype_similarity {
+
+constexpr int64_t kStep = 16;                 // pixels are cut at multiples of it: lanes of the widest vector
+constexpr int64_t kChannels = 64;             // channels that are converted to float32 together
+constexpr int64_t kTileFloats = 1 << 16;      // channels, or classes, x pixels of a tile
+constexpr int64_t kMostPixels = 512;          // of a tile
+constexpr int64_t kTaskElements = 1 << 17;    // channels x pixels that are worth a task
+constexpr int64_t kMaxTasks = 256;            // of one image
+constexpr int64_t kPartialDoubles = 1 << 20;  // sums over pixels of the tasks that run side by side
+
+struct Plan {
+  int64_t tile;           // pixels at hand together, a multiple of kStep
+  int64_t pixels;         // of a task, a multiple of tile
+  int64_t tasks;          // of an image
+  int64_t images;         // whose tasks run side by side
+  int64_t thread_floats;  // workspace of a thread
+  int64_t partials;       // doubles of all tasks side by side; backward only
+};
+
+// Query [B,C,h,w] of `pixels` pixels, prototypes [B,S,C].
+inline Plan plan(int64_t batch, int64_t channels, int64_t pixels, int64_t slots, bool backward) {
+  Plan p;
+  const int64_t deep = std::max<int64_t>({channels, slots, 1});
+  p.tile = std::clamp(kTileFloats / deep / kStep * kStep, kStep, kMostPixels);
+  p.tile = std::min(p.tile, (pixels + kStep - 1) / kStep * kStep);
+  const int64_t sums = backward ? slots * channels : 0;
+  int64_t tasks = std::min(kMaxTasks, std::max<int64_t>(pixels * channels / kTaskElements, 1));
+  if (sums > 0) tasks = std::min(tasks, std::max<int64_t>(kPartialDoubles / sums, 1));
+  const int64_t tiles = (pixels + p.tile - 1) / std::max<int64_t>(p.tile, 1);
+  p.pixels = (tiles + tasks - 1) / tasks * p.tile;
+  p.tasks = p.pixels > 0 ? (pixels + p.pixels - 1) / p.pixels : 0;
+  p.images = sums > 0 ? std::clamp<int64_t>(kPartialDoubles / (sums * std::max<int64_t>(p.tasks, 1)), 1,
+                                            std::max<int64_t>(batch, 1))
+                      : batch;
+  p.partials = p.images * p.tasks * sums;
+  // Norms, dot products, what rounding has cost them, gradients; channels of a tile, or a pixel, in float32.
+  p.thread_floats = (3 * slots + 2 + std::min(kChannels, channels)) * p.tile + 2 * channels;
+  return p;
+}
+
+struct Problem {
+  int64_t channels, width, pixels, slots;
+  Image<const void*> query;
+  const float* units;  // [B,S,C] prototypes as unit vectors, 0 where shorter than eps
+  float eps;
+  float* similarity;  // forward: [B,S,h,w]
+  const float* grad;  // backward: [B,S,h,w] with strides
+  int64_t grad_stride[4];
+  Image<void*> grad_query;  // backward
+};
+
+// Pixels [begin, end) of an image.
+struct Task {
+  int64_t image, begin, end, tile;
+  float* workspace;    // [Plan::thread_floats]
+  double* grad_units;  // [S,C], backward: what the task's pixels send to the unit prototypes
+};
+
+struct Kernels {
+  void (*forward)(const Problem&, const Task&);
+  void (*backward)(const Problem&, const Task&);
+};
+extern const Kernels kPortable, kAvx2, kAvx512, kAvx512Bf16;
+
+inline Work work(int64_t batch, int64_t channels, int64_t pixels, int64_t slots, int64_t query_bytes,
+                 int64_t prototype_bytes, bool backward) {
+  const int64_t values = batch * channels * pixels;
+  Work w;
+  w.flops = values * (2 + 2 * slots + (backward ? 1 + 4 * slots : 0));
+  w.bytes = values * query_bytes * (backward ? 2 : 1) +
+            batch * slots * (pixels * 4 + channels * prototype_bytes * (backward ? 2 : 1));
+  return w;
+}
+
+}  // namespace cisc::prototype_similarity

@@ -1,0 +1,7 @@
+// rectified_cross_entropy for AVX-512.
+
+#include "rectified_cross_entropy_kernel.h"
+
+namespace cisc::rectified_cross_entropy {
+extern const Kernels kAvx512{&loss, &gradient, &count};
+}  // namespace cisc::rectified_cross_entropy

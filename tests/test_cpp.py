@@ -1,0 +1,266 @@
+"""The compiled CPU kernels: instruction sets, threads, plans, small sizes."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from numerics import assert_equal
+from opcases import run_operator
+from torch import Tensor
+
+from cisc_ext import ops
+from cisc_ext.ops import _library
+from cisc_ext.ops.registry import OPERATORS, Implementation, Operator
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.skipif(not _library.LOADED, reason=f"no compiled operators: {_library.REASON}")
+
+COMPILED = [
+    pytest.param(operator, one, id=name)
+    for name, operator in OPERATORS.items()
+    for one in operator.implementations
+    if one.name == "cpp"
+]
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
+
+
+def build_facts() -> dict[str, Any]:
+    from cisc_ext import _build
+
+    return dict(_build.info())
+
+
+def run_with(isa: str, *command: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "CISC_ISA": isa, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def large(operator: Operator) -> dict[str, Any]:
+    """Inputs that make several tasks, strips and tiles."""
+    generator = torch.Generator().manual_seed(3)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator)
+
+    labels = torch.randint(0, 19, (2, 161, 239), generator=generator).to(torch.uint8)
+    labels[torch.rand(labels.shape, generator=generator) < 0.1] = 255
+    classes = torch.tensor([[3, 7], [0, -1]])
+    every: dict[str, dict[str, Any]] = {
+        "masked_average_pool": {"features": normal(2, 37, 41, 61), "labels": labels, "classes": classes},
+        "prototype_similarity": {"query": normal(2, 133, 41, 61), "prototypes": normal(2, 2, 133)},
+        "map_consistency": {"similarity": normal(2, 2, 41, 61), "labels": labels, "classes": classes},
+        "rectified_cross_entropy": {
+            "logits": normal(2, 19, 41, 61),
+            "labels": labels,
+            "similarity": normal(2, 2, 41, 61),
+            "classes": classes,
+            "ohem_threshold": 0.2,
+            "ohem_min_kept": 5000,
+        },
+        "predict": {"logits": normal(2, 19, 41, 61), "size": (161, 239), "labels": labels},
+    }
+    return every[operator.name]
+
+
+@pytest.mark.parametrize(("operator", "implementation"), COMPILED)
+def test_threads_do_not_change_a_bit(operator: Operator, implementation: Implementation) -> None:
+    """Sums have one order, whatever the number of threads; the second of two runs is as the first."""
+    inputs, before = large(operator), torch.get_num_threads()
+    want = run_operator(operator, inputs, implementation.name)
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            for name, value in run_operator(operator, inputs, implementation.name).items():
+                assert_equal(value, want[name], what=f"{name} on {threads} threads")
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_instruction_set(isa: str) -> None:
+    """The operators' tests once more where another set is in use than the one chosen by itself."""
+    facts = build_facts()
+    if isa == facts["instruction_set_in_use"]:
+        pytest.skip(f"{isa} is what all other tests use")
+    found = run_with(isa, "-c", "from cisc_ext import _build; print(_build.info()['instruction_set_in_use'])")
+    if "CISC_ISA must be" in found.stderr:
+        pytest.skip(f"this processor has no {isa}")
+    assert found.stdout.strip() == isa, found.stderr
+    files = [
+        "tests/test_golden.py",
+        "tests/test_ops.py",
+        "tests/test_ops_rules.py",
+        "tests/test_ops_special.py",
+    ]
+    chosen = "(cpp or special) and not compile and not opcheck and not cuda"
+    done = run_with(isa, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files, "-k", chosen)
+    assert done.returncode == 0, done.stdout
+
+
+def test_a_wrong_instruction_set_is_one_line() -> None:
+    script = "import torch; from cisc_ext import ops; ops.predict(torch.zeros(1, 2, 3, 3), (4, 4))"
+    done = run_with("mmx", "-c", script)
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode != 0
+    assert last.startswith("ValueError: CISC_ISA must be one of portable") and last.endswith("got 'mmx'")
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
+def test_no_instruction_set_leaks_into_another() -> None:
+    """A function that the linker may share must not come from a file compiled for a larger set."""
+    newest: dict[str, str] = {}
+    for path in sorted((ROOT / "build" / "objects").glob("*_avx*.o"), key=lambda p: p.stat().st_mtime):
+        symbols = subprocess.run(["nm", "-C", str(path)], capture_output=True, text=True, check=True).stdout
+        if "__asan_init" not in symbols:
+            newest[path.name.split(".")[0]] = symbols
+    if not newest:
+        pytest.skip("no objects beside the sources")
+    for name, symbols in newest.items():
+        shared = re.findall(r"^[0-9a-f]+ [WVu] (.*)$", symbols, re.MULTILINE)
+        # How exceptions find their way: a pointer, no code.
+        assert set(shared) <= {"DW.ref.__gxx_personality_v0"}, f"{name}: {shared}"
+
+
+SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
+    "masked_average_pool": {"features": (2, 256, 181, 181), "labels": (2, 721, 721), "classes": (2, 1)},
+    "prototype_similarity": {"query": (2, 256, 181, 181), "prototypes": (2, 1, 256)},
+    "map_consistency": {"similarity": (2, 1, 181, 181), "labels": (2, 721, 721)},
+    "rectified_cross_entropy": {
+        "logits": (2, 19, 181, 181),
+        "labels": (2, 721, 721),
+        "similarity": (2, 1, 181, 181),
+    },
+    "predict": {"logits": (2, 19, 181, 181), "size": (721, 721)},
+}
+
+
+@pytest.mark.parametrize(("operator", "implementation"), COMPILED)
+def test_plans(operator: Operator, implementation: Implementation) -> None:
+    from cisc_ext import _build
+
+    def plan(**more: Any) -> dict[str, Any]:
+        return dict(_build.plan(operator.name, SHAPES[operator.name], **more))
+
+    one = plan(dtype="float32", device="cpu", threads=1)
+    assert set(one) == {"tile", "workspace_bytes", "flops", "bytes"}
+    assert all(isinstance(value, int) and value > 0 for value in one["tile"].values())
+    assert 0 < one["workspace_bytes"] <= plan(threads=2)["workspace_bytes"] < operator.extra_bytes_cpu
+    assert plan(dtype="bfloat16")["bytes"] < one["bytes"] and one["flops"] > 0
+    if operator.differentiable:
+        # The average's gradient costs as many operations as the average.
+        assert plan(backward=True)["flops"] >= one["flops"]
+
+
+def test_plans_refuse() -> None:
+    from cisc_ext import _build
+
+    good: dict[str, Any] = {"op": "predict", "shapes": SHAPES["predict"]}
+    for wrong, message in (
+        ({"op": "cross_similarity"}, "no C\\+\\+ kernel of cross_similarity"),
+        ({"device": "cuda"}, "for the CPU only"),
+        ({"dtype": "float64"}, "dtype must be"),
+        ({"threads": 0}, "threads must be"),
+        ({"shapes": {"logits": (2, 19, 181, 181)}}, "needs the shape of size"),
+        ({"shapes": {"logits": (2, 19, 181), "size": (3, 3)}}, "logits must have 4 dimensions"),
+        ({"shapes": {"logits": (2, 19, 181, -1), "size": (3, 3)}}, "none negative"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            _build.plan(**(good | wrong))
+
+
+SMALL = (1, 2, 3, 5, 8, 13, 21, 34, 55, 81, 128, 181)
+"""Sides of the features; labels are four times as large."""
+
+
+def small_inputs(name: str, side: int) -> dict[str, Any]:
+    labels = torch.randint(0, 19, (1, 4 * side, 4 * side), dtype=torch.uint8)
+    classes, maps = torch.tensor([[3]]), torch.rand(1, 1, side, side)
+    logits, features = torch.randn(1, 19, side, side), torch.randn(1, 64, side, side)
+    every: dict[str, dict[str, Any]] = {
+        "masked_average_pool": {"features": features, "labels": labels, "classes": classes},
+        "prototype_similarity": {"query": features, "prototypes": torch.randn(1, 1, 64)},
+        "map_consistency": {"similarity": maps, "labels": labels, "classes": classes},
+        "rectified_cross_entropy": {
+            "logits": logits,
+            "labels": labels,
+            "similarity": maps,
+            "classes": classes,
+        },
+        "predict": {"logits": logits, "size": (4 * side, 4 * side), "labels": labels},
+    }
+    return every[name]
+
+
+def least_times(*calls: Callable[[], object], repeats: int = 20) -> list[float]:
+    """Least seconds of each call, their runs interleaved."""
+    best = [float("inf")] * len(calls)
+    for _ in range(repeats):
+        for i, call in enumerate(calls):
+            begin = time.perf_counter()
+            call()
+            best[i] = min(best[i], time.perf_counter() - begin)
+    return best
+
+
+@pytest.mark.parametrize(("operator", "implementation"), COMPILED)
+def test_auto_is_never_slower_than_the_reference(operator: Operator, implementation: Implementation) -> None:
+    """At most 1.1 times its time and 10 microseconds, however small the images."""
+    for side in SMALL:
+        inputs = small_inputs(operator.name, side)
+        for impl_inputs in (
+            inputs,
+            {**inputs, **{n: inputs[n].to(torch.bfloat16) for n in operator.features if n in inputs}},
+        ):
+            auto, reference = least_times(
+                lambda x=impl_inputs: run_operator(operator, x, None),  # type: ignore[misc]
+                lambda x=impl_inputs: run_operator(operator, x, "reference"),  # type: ignore[misc]
+                repeats=20 if side < 128 else 5,
+            )
+            assert auto <= 1.1 * reference + 10e-6, f"{side}: {auto * 1e6:.0f} us, not {reference * 1e6:.0f}"
+
+
+def test_peak_is_a_rate() -> None:
+    rate = torch.ops.cisc_ext.fma_peak(torch.zeros(1), 2)
+    assert 1e8 < rate < 1e15
+    with pytest.raises(ValueError, match=r"^fma_peak: repeats"):
+        torch.ops.cisc_ext.fma_peak(torch.zeros(1), 0)
+
+
+def test_info_shows_the_plans(capsys: pytest.CaptureFixture[str]) -> None:
+    from cisc_ext.__main__ import main
+
+    assert main(["info"]) == 0
+    shown = capsys.readouterr().out
+    assert f"instruction set in use: {build_facts()['instruction_set_in_use']}" in shown
+    for name in SHAPES:
+        assert any(
+            line.strip().startswith(f"{name} at ") and "workspace" in line for line in shown.splitlines()
+        )
+
+
+def test_strips_and_tasks_meet_without_a_seam() -> None:
+    """Images so wide, and so many classes, that they are cut: the gradient is that of the reference."""
+    logits = torch.randn(1, 150, 9, 700, dtype=torch.float64).mul_(2)
+    labels = torch.randint(0, 150, (1, 31, 2500), dtype=torch.uint8)
+    results = []
+    for impl, dtype in (("cpp", torch.float32), ("reference", torch.float64)):
+        leaf = logits.to(torch.float32).to(dtype).requires_grad_()
+        loss = ops.rectified_cross_entropy(leaf, labels, reduction="sum", impl=impl)
+        loss.backward()
+        assert leaf.grad is not None
+        results.append((loss.detach().double(), leaf.grad.double()))
+    (loss, grad), (true_loss, true_grad) = results
+    assert abs(loss - true_loss) <= 1e-6 * true_loss
+    assert float((grad - true_grad).abs().max()) <= 2e-6 * float(true_grad.abs().max())
