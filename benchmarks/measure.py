@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def peak_extra_mib(fn: Callable[[], Any], *, device: str = "cpu", warm_up: bool 
 
 def time_ms(fn: Callable[[], Any], *, device: str = "cpu") -> float:
     """Milliseconds that one call takes, started after writing more than any cache holds."""
-    torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device).fill_(1)
+    _flush(device).fill_(1)
     if device == "cuda":
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
@@ -69,6 +70,12 @@ def time_ms(fn: Callable[[], Any], *, device: str = "cpu") -> float:
     begin = time.perf_counter()
     fn()
     return 1e3 * (time.perf_counter() - begin)
+
+
+@lru_cache(maxsize=1)
+def _flush(device: str) -> Tensor:
+    """More than any cache holds; kept, since touching new pages takes longer than writing."""
+    return torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device)
 
 
 def can_measure() -> bool:

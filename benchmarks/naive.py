@@ -156,8 +156,9 @@ def rectified_cross_entropy(
     loss = torch.where(kept, loss * weight(labels, similarity, classes), 0)
     if reduction == "none":
         return loss
-    divisor = {"mean": labels.numel(), "valid_mean": int(kept.sum()), "sum": 1}[reduction]
-    return loss.sum() / max(divisor, 1)
+    if reduction == "valid_mean":
+        return loss.sum() / kept.sum().clamp(min=1)
+    return loss.sum() / (max(labels.numel(), 1) if reduction == "mean" else 1)
 
 
 def predict(

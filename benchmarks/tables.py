@@ -12,7 +12,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -42,9 +42,51 @@ _METHODS = {
     "minutes": "minutes",
     "peak_mib": "peak MiB",
 }
-COLUMNS: dict[str, dict[str, str]] = {"step": _STEP, "step_cuda": _STEP, "methods": _METHODS}
+_KERNELS = {
+    "op": "operator",
+    "workload": "workload",
+    "dtype": "dtype",
+    "pass": "pass",
+    "impl": "by",
+    "time_ms": "ms",
+    "extra_mib": "extra MiB",
+    "share_of_ceiling": "of ceiling",
+    "naive": "x naive",
+    "least": "x best rival",
+    "rival": "best rival",
+}
+COLUMNS: dict[str, dict[str, str]] = {
+    "step": _STEP,
+    "step_cuda": _STEP,
+    "methods": _METHODS,
+    "kernels": _KERNELS,
+    "kernels_cuda": _KERNELS,
+}
 """Per table the keys of a row to show, and their headings; a table that is not here shows every key."""
+
+
+def _kernels(rows: Sequence[Row]) -> list[Row]:
+    """Rows outside ladders, of the reference only where there is no kernel; with the nearest rival."""
+
+    def case(row: Row) -> tuple[str, ...]:
+        return row["op"], row["workload"], row["dtype"], row["pass"]
+
+    written = {case(row) for row in rows if row["impl"] != "reference"}
+    shown = []
+    for row in rows:
+        if not row["ladder"] and (row["impl"] != "reference" or case(row) not in written):
+            speedup = row["speedup"]
+            rival = min(speedup, key=lambda name: speedup[name], default=None)
+            ratios = {"naive": speedup.get("naive"), "least": speedup.get(rival), "rival": rival}
+            shown.append({**row, **ratios})
+    return shown
+
+
+CHOSEN: dict[str, Callable[[Sequence[Row]], list[Row]]] = {"kernels": _kernels, "kernels_cuda": _kernels}
+"""Which rows of a result a table shows, where it is not all as they are."""
 SOURCES = {
+    "kernels": RESULTS / "kernels_cpu.json",
+    "kernels_cuda": RESULTS / "kernels_cuda.json",
     "step": RESULTS / "step_cpu.json",
     "step_cuda": RESULTS / "step_cuda.json",
     "methods": RESULTS / "methods_camvid.json",
@@ -52,6 +94,7 @@ SOURCES = {
 
 
 def _cells(name: str, rows: Sequence[Row]) -> list[list[str]]:
+    rows = CHOSEN.get(name, list)(rows)
     columns = COLUMNS.get(name) or {key: key.replace("_", " ") for row in rows for key in row}
     return [list(columns.values()), *([_text(row.get(key)) for key in columns] for row in rows)]
 

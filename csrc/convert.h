@@ -121,7 +121,7 @@ inline void read_row(Float kind, const void* from, int64_t offset, int64_t strid
 template <typename T>
 inline void write_row(const float* from, int64_t n, T* to) {
   int64_t i = 0;
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__)  // which takes numbers below the normal range for 0
   if constexpr (T::kind == Float::bf16) {
     for (; i + 16 <= n; i += 16) {
       const __m256bh narrow = _mm512_cvtneps_pbh(static_cast<__m512>(load(from + i)));

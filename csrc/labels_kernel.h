@@ -33,16 +33,31 @@ inline bool class_codes(const L* row, int64_t stride, int64_t n, int64_t num_cla
   return invalid != 0;
 }
 
-// codes[i] = the slot of a label's class, kInvalid for a label of another class, kIgnored for ignore_index
-template <typename L>
-inline void slot_codes(const L* row, int64_t stride, int64_t n, const Slots::View& slots,
-                       int64_t ignore_index, int32_t* codes) {
-  for (int64_t i = 0; i < n; ++i) {
-    const int64_t label = static_cast<int64_t>(row[i * stride]);
-    const int32_t slot = slots.find(label);
-    codes[i] = label == ignore_index ? kIgnored : slot < 0 ? kInvalid : slot;
+// Slots of labels: the slot of a label's class, kInvalid for a label of another class, kIgnored for
+// ignore_index.
+struct SlotCodes {
+  Slots::View slots;
+  int64_t ignore_index;
+  int32_t small[256];  // of labels below 256
+
+  SlotCodes(const Slots::View& view, int64_t ignored) : slots(view), ignore_index(ignored) {
+    for (int64_t label = 0; label < 256; ++label) small[label] = search(label);
   }
-}
+
+  int32_t search(int64_t label) const {
+    const int32_t slot = slots.find(label);
+    return label == ignore_index ? kIgnored : slot < 0 ? kInvalid : slot;
+  }
+
+  // codes[i] of row[i * stride], i < n
+  template <typename L>
+  void fill(const L* row, int64_t stride, int64_t n, int32_t* codes) const {
+    for (int64_t i = 0; i < n; ++i) {
+      const auto label = static_cast<int64_t>(row[i * stride]);
+      codes[i] = sizeof(L) == 1 || static_cast<uint64_t>(label) < 256 ? small[label] : search(label);
+    }
+  }
+};
 
 // f(pointer to label [b,y,x] of its own type)
 template <typename Function>

@@ -13,7 +13,7 @@ template <bool kGradient>
 class Body {
  public:
   Body(const Problem& problem, const upsample::Task& task, Sums* sums)
-      : p_(problem), task_(task), sums_(sums) {}
+      : p_(problem), task_(task), sums_(sums), codes_(problem.slots[task.image], problem.ignore_index) {}
 
   void start(float*, float* buffer, int64_t columns) {
     columns_ = columns;
@@ -22,9 +22,8 @@ class Body {
 
   void row(int64_t slot, int64_t y, int64_t x0, int64_t n) {
     int32_t* code = code_ + slot * columns_;
-    with_labels(p_.labels, task_.image, y, x0, [&](const auto* labels) {
-      slot_codes(labels, p_.labels.stride_x, n, p_.slots[task_.image], p_.ignore_index, code);
-    });
+    with_labels(p_.labels, task_.image, y, x0,
+                [&](const auto* labels) { codes_.fill(labels, p_.labels.stride_x, n, code); });
     for (; n % kLanes != 0; ++n) code[n] = kIgnored;
   }
 
@@ -61,6 +60,7 @@ class Body {
   const Problem& p_;
   const upsample::Task& task_;
   Sums* sums_;
+  SlotCodes codes_;
   int64_t columns_ = 0;
   int32_t* code_ = nullptr;  // [kChunk, columns]
   Total loss_;

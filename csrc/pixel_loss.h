@@ -33,4 +33,11 @@ CISC_HD T binary_cross_entropy(Mask is_class, T similarity, T zero, T one, T* de
   return zero - max(floor, log_probability);
 }
 
+// Derivative of a pixel's weighted cross-entropy to one of its logits u: weight * (softmax(u) - 1[label =
+// class]). scale = weight / sum of the exponentials.
+template <typename T, typename Mask>
+CISC_HD T cross_entropy_slope(Mask is_class, T exponential, T scale, T weight, T zero) {
+  return exponential * scale - select(is_class, weight, zero);
+}
+
 }  // namespace cisc

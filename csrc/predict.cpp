@@ -4,7 +4,6 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <mutex>
 #include <optional>
 #include <tuple>
 
@@ -61,21 +60,26 @@ std::tuple<Tensor, Tensor> forward(const Tensor& logits, int64_t height, int64_t
                   static_cast<uint8_t*>(classes.mutable_data_ptr())};
   if (labels.has_value()) problem.labels = read_labels(*labels);
   const Kernel kernel = CISC_PICK(kPortable, kAvx2, kAvx512, kAvx512Bf16);
-  std::mutex merging;
-  bool invalid = false;
   const int64_t cells = labels.has_value() ? planes * planes : 0;
-  upsample::run_tasks(p, table.grid, batch, nullptr, [&](const upsample::Task& task, int64_t) {
-    std::vector<int64_t> own(static_cast<size_t>(kCopies * cells), 0);
-    Sums sums{own.data()};
-    kernel(problem, task, &sums);
-    if (cells == 0) return;
-    const std::lock_guard<std::mutex> lock(merging);  // whole numbers: their sum has no order
-    invalid |= sums.invalid;
-    auto* counts = static_cast<int64_t*>(confusion.mutable_data_ptr());
-    for (int64_t copy = 0; copy < kCopies; ++copy) {
-      for (int64_t i = 0; i < cells; ++i) counts[i] += own[static_cast<size_t>(copy * cells + i)];
-    }
-  });
+  auto* counts = static_cast<int64_t*>(confusion.mutable_data_ptr());
+  bool invalid = false;
+  struct Own {
+    std::vector<int64_t> confusion;
+    bool invalid;
+  };
+  upsample::run_tasks(
+      p, table.grid, batch, nullptr,
+      [&](const upsample::Task& task, int64_t, Own& own) {
+        Sums sums{own.confusion.data()};
+        kernel(problem, task, &sums);
+        own.invalid |= sums.invalid;
+      },
+      [&] { return Own{std::vector<int64_t>(static_cast<size_t>(kCopies * cells), 0), false}; },
+      [&](const Own& own) {  // whole numbers: their sum has no order
+        invalid |= own.invalid;
+        for (int64_t i = 0; i < kCopies * cells; ++i)
+          counts[i % cells] += own.confusion[static_cast<size_t>(i)];
+      });
   if (invalid) fail_labels(kName, *labels, planes, ignore_index);
   return {classes, confusion};
 }

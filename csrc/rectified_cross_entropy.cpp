@@ -8,7 +8,6 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <mutex>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -139,14 +138,15 @@ class Solver {
 
   void fill(const Count& count) const {
     std::vector<Sums> sums(static_cast<size_t>(batch_ * problem.plan.tasks));
-    std::mutex merging;
-    upsample::run_tasks(problem.plan, problem.grid, batch_, nullptr,
-                        [&](const upsample::Task& task, int64_t i) {
-                          std::vector<int64_t> own(kHistogram, 0);
-                          kernels_.count(problem, task, {count.prefix, own.data()}, &sums[i]);
-                          const std::lock_guard<std::mutex> lock(merging);
-                          for (int64_t bin = 0; bin < kHistogram; ++bin) count.histogram[bin] += own[bin];
-                        });
+    upsample::run_tasks(
+        problem.plan, problem.grid, batch_, nullptr,
+        [&](const upsample::Task& task, int64_t i, std::vector<int64_t>& own) {
+          kernels_.count(problem, task, {count.prefix, own.data()}, &sums[i]);
+        },
+        [] { return std::vector<int64_t>(kHistogram, 0); },
+        [&](const std::vector<int64_t>& own) {
+          for (int64_t bin = 0; bin < kHistogram; ++bin) count.histogram[bin] += own[bin];
+        });
     added(sums);
   }
 

@@ -85,7 +85,7 @@ class Body {
       }
       I k{};
       for (int64_t i = 0; i < planes * kLanes; i += kLanes, k += 1) {
-        const F g = load(e_ + i) * scale - select(same(code, k), pull, F{});
+        const F g = cross_entropy_slope(same(code, k), load(e_ + i), scale, pull, F{});
         store(at_low + i, fma(g, weight_low, load(at_low + i)));
         if (has_high) store(at_high + i, fma(g, weight_high, load(at_high + i)));
       }

@@ -6,6 +6,7 @@
 
 #include <array>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -99,15 +100,19 @@ inline void check_grid(const char* op, const upsample::Grid& grid) {
 
 namespace upsample {
 
-// f(task, its number) for every task of every image, in parallel. grad: [B,K,h,w] float32 of zeros, or null
-template <typename Function>
-void run_tasks(const Plan& plan, const Grid& grid, int64_t batch, float* grad, const Function& f) {
+// f(task, its number, own) for every task of every image, in parallel; `own` is what start() gives a thread,
+// and finish(own) takes, one thread at a time. grad: [B,K,h,w] float32 of zeros, or null
+template <typename Function, typename Start, typename Finish>
+void run_tasks(const Plan& plan, const Grid& grid, int64_t batch, float* grad, const Function& f,
+               const Start& start, const Finish& finish) {
   const int64_t row = grid.planes * grid.w, image_floats = row * grid.h;
+  std::mutex finishing;
   std::unique_ptr<float[]> carry(grad != nullptr ? new float[plan.carry_floats] : nullptr);
   for (int64_t first = 0; first < batch; first += plan.images) {
     const int64_t count = std::min(plan.images, batch - first) * plan.tasks;
     parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
       const std::unique_ptr<float[]> workspace(new float[plan.thread_floats]);
+      auto own = start();
       for (int64_t i = begin; i < end; ++i) {
         Task task;
         task.image = first + i / plan.tasks;
@@ -120,8 +125,10 @@ void run_tasks(const Plan& plan, const Grid& grid, int64_t batch, float* grad, c
           task.carry = carry.get() + i * row;
           std::fill(task.carry, task.carry + row, 0.0f);
         }
-        f(task, first * plan.tasks + i);
+        f(task, first * plan.tasks + i, own);
       }
+      const std::lock_guard<std::mutex> lock(finishing);
+      finish(own);
     });
     if (grad == nullptr) continue;
     for (int64_t i = 0; i < count; ++i) {
@@ -134,6 +141,14 @@ void run_tasks(const Plan& plan, const Grid& grid, int64_t batch, float* grad, c
       }
     }
   }
+}
+
+// The same where threads keep nothing.
+template <typename Function>
+void run_tasks(const Plan& plan, const Grid& grid, int64_t batch, float* grad, const Function& f) {
+  run_tasks(
+      plan, grid, batch, grad, [&](const Task& task, int64_t i, int) { f(task, i); }, [] { return 0; },
+      [](int) {});
 }
 
 }  // namespace upsample

@@ -56,18 +56,75 @@ inline void upsample_row(const Grid& g, const Source& from, int64_t image, int64
   for (int64_t x = 0; x < n; x += kLanes) across(g, buffer, 0, span.first, x0 + x, 1, out + x);
 }
 
+// What kLanes label columns send back, turned round: feature column base + lane takes, one after the other,
+// from the label columns at index[t] with weight[t].
+struct Adjoint {
+  static constexpr int64_t kMost = 2 * kLanes;  // both weights of every label column
+
+  int64_t base, count = 0, targets = 0;
+  I index[kMost];
+  F weight[kMost];
+  M used[kMost];
+
+  // Whether all goes to feature columns base ... base + kLanes - 1. For `lanes` label columns from x on.
+  bool turn(const Grid& g, int64_t x, int64_t lanes) {
+    base = g.low[x];
+    if (g.high[x + lanes - 1] - base >= kLanes) return false;
+    alignas(64) int32_t from[kMost][kLanes];
+    alignas(64) float by[kMost][kLanes];
+    int64_t taken[kLanes] = {};
+    const auto add = [&](int64_t column, int64_t lane, float w) {
+      const int64_t target = column - base, t = taken[target]++;
+      if (t == count) {
+        for (int64_t i = 0; i < kLanes; ++i) from[t][i] = -1, by[t][i] = 0.0f;
+        ++count;
+      }
+      from[t][target] = static_cast<int32_t>(lane);
+      by[t][target] = w;
+      if (target >= targets) targets = target + 1;
+    };
+    for (int64_t i = 0; i < lanes; ++i) {
+      add(g.low[x + i], i, g.weight_low[x + i]);
+      if (g.high[x + i] != g.low[x + i]) add(g.high[x + i], i, g.weight_high[x + i]);
+    }
+    for (int64_t t = 0; t < count; ++t) {
+      const I lane = load(from[t]);
+      used[t] = less(broadcast(int32_t{-1}), lane);
+      index[t] = select(used[t], lane, I{});
+      weight[t] = load(by[t]);
+    }
+    return true;
+  }
+};
+
 // Add to grad row `row` what the label columns [x0, x0 + n) have sent to it. at: [n / kLanes, planes, kLanes]
 inline void send_back(const Grid& g, const Task& task, int64_t row, int64_t x0, int64_t n, const float* at) {
+  constexpr int64_t kWorthTurning = 4;  // planes
   const bool own = row < task.end;
   const int64_t stride = own ? g.h * g.w : g.w;
   float* to = own ? task.grad + row * g.w : task.carry;
-  for (int64_t x = 0; x < n; x += kLanes) {
+  for (int64_t x = 0; x < n; x += kLanes, at += g.planes * kLanes) {
     const int64_t lanes = n - x < kLanes ? n - x : kLanes;
-    const F weight_low = load(g.weight_low + x0 + x), weight_high = load(g.weight_high + x0 + x);
     const int32_t* low = g.low + x0 + x;
     alignas(64) float first[kLanes], second[kLanes];
+    Adjoint adjoint;
+    if (g.planes >= kWorthTurning && adjoint.turn(g, x0 + x, lanes)) {
+      for (int64_t k = 0; k < g.planes; ++k) {
+        const F value = load(at + k * kLanes);
+        F sums{};
+        for (int64_t t = 0; t < adjoint.count; ++t) {
+          const F term = fma(permute(value, adjoint.index[t]), adjoint.weight[t], sums);
+          sums = select(adjoint.used[t], term, sums);
+        }
+        float* plane = to + k * stride + adjoint.base;
+        store(first, sums);
+        for (int64_t i = 0; i < adjoint.targets; ++i) plane[i] += first[i];
+      }
+      continue;
+    }
+    const F weight_low = load(g.weight_low + x0 + x), weight_high = load(g.weight_high + x0 + x);
     for (int64_t k = 0; k < g.planes; ++k) {
-      const F value = load(at + (x * g.planes + k * kLanes));
+      const F value = load(at + k * kLanes);
       store(first, value * weight_low);
       store(second, value * weight_high);
       float* plane = to + k * stride;

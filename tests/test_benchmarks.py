@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import gate, machine, measure, methods, published, step, tables
+from benchmarks import (
+    cases,
+    gate,
+    kernels,
+    machine,
+    measure,
+    methods,
+    naive,
+    plots,
+    published,
+    rivals,
+    step,
+    tables,
+)
+from cisc_ext.ops.registry import OPERATORS, PASSES, Call, Cost, Implementation, never
 
 Golden = Callable[[str], dict[str, Tensor]]
 LOSSES = ["square", "wide", "unaligned", "heavy_ignore", "no_shared_class"]
@@ -82,7 +98,9 @@ def test_step_writes_its_result(tmp_path: Path) -> None:
     assert result["threads"] == 1 and result["device"] == "cpu"
     assert result["command"].startswith("python -m benchmarks.step --crop 129")
     rows = {(row["step"], row["variant"]): row for row in result["rows"]}
-    assert set(rows) == {(name, variant) for name in step.VARIANTS for variant in step.VARIANTS[name]}
+    variants = {name: list(step.VARIANTS[name]) for name in step.VARIANTS}
+    variants["network"] = list(step.NETWORK_VARIANTS)
+    assert set(rows) == {(name, variant) for name in variants for variant in variants[name]}
     for (_, variant), row in rows.items():
         assert (row["crop"], row["features"], row["classes"]) == (129, 33, 19)
         assert 0 < row["time_min_ms"] <= row["time_ms"]
@@ -95,6 +113,275 @@ def test_step_writes_its_result(tmp_path: Path) -> None:
                 row["extra_mib"] / rows[row["step"], "published"]["extra_mib"], abs=1e-3
             )
     assert len(done.stdout.splitlines()) == 1 + len(rows)
+
+
+@pytest.fixture
+def green(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operators' tests are taken to pass: they run elsewhere."""
+    monkeypatch.setattr(kernels, "red", lambda ops: None)
+
+
+def measured_kernels(path: Path, *arguments: str) -> dict[str, Any]:
+    assert kernels.main(["--quick", "--json", str(path), *arguments]) == 0
+    result: dict[str, Any] = json.loads(path.read_text())
+    return result
+
+
+ROW = {
+    *("op", "impl", "reduction", "mode", "dtype", "shape", "workload", "ladder", "pass", "time_ms"),
+    *("time_min_ms", "runs", "tflops", "gbps", "share_of_ceiling", "extra_mib", "extra_limit_mib"),
+    *("naive_mib", "speedup", "rival_ms", "rival_extra_mib", "rival_chunk", "rivals_left_out"),
+}
+
+
+@pytest.mark.usefixtures("green")
+def test_kernels_writes_its_result(tmp_path: Path) -> None:
+    path = tmp_path / "kernels.json"
+    result = measured_kernels(path, "--op", "map_consistency", "predict", "--workload", "image_128x256")
+    assert {"machine", "versions", "commit", "command", "threads", "ceilings", "cisc_isa"} <= set(result)
+    assert result["quick"] and result["device"] == "cpu"
+    assert all(one["reason"] and one["impl"] != "reference" for one in result["left_out"])
+    assert set(result["ceilings"]) == {"gemm_size", "gemm_tflops", "fma_tflops", "copy_gbps", "flops"}
+    assert result["ceilings"]["copy_gbps"] > 0 and result["ceilings"]["flops"]["float32"] > 0
+    for row in result["rows"]:
+        assert set(row) == ROW
+        assert row["shape"] == {"B": 1, "K": 19, "h": 32, "w": 64, "H": 128, "W": 256} | (
+            {"S": 1} if row["op"] == "map_consistency" else {}
+        )
+        assert 0 < row["time_min_ms"] <= row["time_ms"] and row["share_of_ceiling"] > 0
+        assert row["runs"] == 2 and row["dtype"] == "float32" and row["ladder"]
+        known = {rival.name for rival in rivals.RIVALS[row["op"]]}
+        assert set(row["speedup"]) | set(row["rivals_left_out"]) == known
+        assert {"naive", "chunked"} <= set(row["speedup"]) == set(row["rival_ms"])
+        assert "compile" in row["rivals_left_out"]
+        if measure.can_measure():
+            assert row["extra_mib"] <= row["extra_limit_mib"] + 2
+    expected = {
+        (name, one.name, passes)
+        for name, all_passes in (("map_consistency", ("both",)), ("predict", ("forward",)))
+        for one in OPERATORS[name].implementations
+        if not one.obstacles(Call("cpu", (torch.float32,)))
+        for passes in all_passes
+    }
+    assert {(row["op"], row["impl"], row["pass"]) for row in result["rows"]} == expected
+    assert "of ceiling" in tables.table("kernels", path)
+
+
+def test_kernels_refuses_while_tests_are_red(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tests = tmp_path / "tests"
+    tests.mkdir()
+    (tests / "test_golden.py").write_text("")
+    (tests / "test_ops.py").write_text("def test_predict():\n    assert 1 == 2\n")
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    monkeypatch.setattr(kernels, "measure_case", lambda *_: pytest.fail("measured"))
+    assert kernels.main(["--op", "predict", "--json", str(tmp_path / "none.json")]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and "FAILED tests/test_ops.py::test_predict" in captured.err
+    assert not (tmp_path / "none.json").exists()
+    (tests / "test_ops.py").write_text("")
+    assert kernels.red(["predict"]) == "pytest ends with 5", "no test is no green test"
+    (tests / "test_ops.py").write_text("def test_predict():\n    pass\n")
+    assert kernels.red(["predict"]) is None
+
+
+@pytest.mark.usefixtures("green")
+def test_an_implementation_that_is_off_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    operator = OPERATORS["predict"]
+
+    def function(*, impl: str | None = None, **inputs: Any) -> Any:
+        if impl == "cpp":
+            inputs["logits"] = inputs["logits"].flip(1)
+        return operator.function(impl="reference", **inputs)
+
+    reference = operator.implementations[-1]
+    implementations = (Implementation("cpp", reference.function, never), reference)
+    made = dataclasses.replace(operator, function=function, implementations=implementations)
+    monkeypatch.setitem(OPERATORS, "predict", made)
+    monkeypatch.setattr(kernels.Trials, "run", lambda *_: {"seconds": 0.0, "extra_mib": None})
+    monkeypatch.setattr(measure, "time_ms", lambda *_, **__: 1.0)
+    command = ["--quick", "--op", "predict", "--workload", "image_128x256", "--json", str(tmp_path / "j")]
+    assert kernels.main(command) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "predict image_128x256 float32 forward: cpp is" in error
+    assert "off the float32 reference" in error
+
+
+@pytest.mark.usefixtures("green")
+def test_a_rival_that_cannot_run_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(case: cases.Case, whole: bool, chunk: int) -> cases.Call:
+        raise cases.CannotRunError("not today")
+
+    def off(case: cases.Case, whole: bool, chunk: int) -> cases.Call:
+        return lambda: tuple(value.flip(-1) for value in naive_call(case))
+
+    def naive_call(case: cases.Case) -> cases.Result:
+        return cases.call_of(naive.predict, case)()
+
+    def tried(
+        self: kernels.Trials, key: kernels.Key, contender: kernels.Contender, threads: int, limit_s: float
+    ) -> dict[str, Any]:
+        contender.call(cases.make_case(*key), whole=True)()
+        return {"seconds": 10.0 if contender.name == "slow" else 0.0, "extra_mib": None}
+
+    unit = 2**60
+    monkeypatch.setitem(
+        rivals.RIVALS,
+        "predict",
+        (
+            rivals.Rival("naive", lambda case, whole, chunk: cases.call_of(naive.predict, case)),
+            rivals.Rival("missing", fails),
+            rivals.Rival("off", off),
+            rivals.Rival("large", fails, bytes=lambda case: unit),
+            rivals.Rival("long", fails, flops=lambda case: unit),
+        ),
+    )
+    monkeypatch.setattr(kernels.Trials, "run", tried)
+    result = measured_kernels(tmp_path / "k.json", "--op", "predict", "--workload", "image_128x256")
+    for row in result["rows"]:
+        assert set(row["speedup"]) == {"naive"}
+        reasons = row["rivals_left_out"]
+        assert reasons["missing"] == "not today"
+        assert "off the float32 reference" in reasons["off"]
+        assert "GiB at least" in reasons["large"]
+        assert "at the machine's rate" in reasons["long"]
+
+
+def test_trials_end_what_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_START_S", 0.0)
+    key = ("predict", "image_128x256", "float32", "forward", "cpu")
+    with kernels.Trials() as trials:
+        with pytest.raises(cases.CannotRunError, match="did not end within"):
+            trials.run(key, kernels.Contender("reference", False), 1, 1e-4)
+        monkeypatch.setattr(kernels, "_START_S", 60.0)
+        assert trials.run(key, kernels.Contender("reference", False), 1, 60.0)["seconds"] > 0
+        with pytest.raises(cases.CannotRunError, match="a run takes"):
+            trials.run(key, kernels.Contender("reference", False), 1, 1e-6)
+
+
+SMALL = {
+    **{(op, "image_128x256"): OPERATORS[op] for op in OPERATORS if op != "cross_similarity"},
+    ("cross_similarity", "n1024_dense_max"): OPERATORS["cross_similarity"],
+}
+
+
+@pytest.mark.parametrize(("op", "workload"), SMALL)
+def test_rivals_give_the_operators_result(op: str, workload: str) -> None:
+    for passes in next(one.passes for one in OPERATORS[op].workloads() if one.name == workload):
+        case = cases.make_case(op, workload, "float32", passes, "cpu")
+        expected = cases.implementation_call(case, "reference")()
+        for rival in rivals.RIVALS[op]:
+            if rival.name not in ("compile", "keops", "faiss"):
+                try:
+                    result = rival.make(case, False, rival.chunks[0])()
+                except cases.CannotRunError:
+                    continue
+                assert cases.disagreement(result, expected) < cases.TOLERANCE[torch.float32], rival.name
+
+
+@pytest.mark.parametrize("mode", ["dense", "labels", "own"])
+@pytest.mark.parametrize("reduction", ["max", "topk", "softmax", "mean"])
+def test_rivals_of_cross_similarity(mode: str, reduction: str) -> None:
+    low = {"query": torch.randn(2, 16, 8, 8), "guide": torch.randn(2, 16, 9, 7)}
+    labels = torch.randint(0, 1 if mode == "dense" else 3, (2, 36, 28), dtype=torch.uint8)
+    own = {"query_labels": torch.randint(0, 3, (2, 32, 32), dtype=torch.uint8)}
+    of_mode = own if mode == "own" else {"classes": torch.zeros(2, 1, dtype=torch.int64)}
+    inputs = {**low, "guide_labels": labels, "reduction": reduction, "k": 3, **of_mode}
+    one = next(w for w in OPERATORS["cross_similarity"].workloads() if w.mode == mode)
+    ran = set()
+    for passes in ("forward", "backward"):
+        case = cases.Case(OPERATORS["cross_similarity"], one, torch.float32, passes, inputs)
+        expected = cases.implementation_call(case, "reference")()
+        for rival in rivals.RIVALS["cross_similarity"]:
+            if rival.name not in ("compile", "keops", "faiss"):
+                try:
+                    call = rival.make(case, False, 16)
+                    result, whole = call(), rival.make(case, True, 16)()
+                except cases.CannotRunError:
+                    continue
+                ran.add((rival.name, passes))
+                assert cases.disagreement(result, expected) < 1e-5, (rival.name, passes)
+                if passes == "backward":
+                    assert cases.disagreement(whole[-2:], expected) < 1e-5, (rival.name, passes)
+    assert {("naive", "forward"), ("naive", "backward"), ("chunked", "forward")} <= ran
+
+
+def test_cost_counts_what_labels_leave() -> None:
+    operator = OPERATORS["cross_similarity"]
+    labels = torch.zeros(1, 4, 4, dtype=torch.uint8)
+    labels[:, 2:] = 1
+    inputs = {"query": torch.ones(1, 8, 4, 4), "guide": torch.ones(1, 8, 4, 4), "guide_labels": labels}
+    norms = 2 * 2 * 8 * 16
+    half = operator.cost({**inputs, "classes": torch.zeros(1, 1, dtype=torch.int64)}, "forward")
+    assert half.flops == 2 * 8 * 16 * 8 + norms
+    own = operator.cost({**inputs, "query_labels": labels}, "forward")
+    assert own.flops == 2 * 8 * (8 * 8 + 8 * 8) + norms
+    none = operator.cost({**inputs, "classes": torch.full((1, 1), -1)}, "forward")
+    assert none.flops == norms
+    assert set(PASSES) == {"forward", "backward", "both"}
+    assert isinstance(half, Cost)
+
+
+def kernels_result() -> dict[str, Any]:
+    def row(op: str, size: int, impl: str, **more: Any) -> dict[str, Any]:
+        shape = {"N": size * size // 8, "M": size * size // 8} if op == "cross_similarity" else {}
+        return {
+            **{"op": op, "impl": impl, "dtype": "float32", "pass": "forward", "ladder": True},
+            **{"workload": f"image_{size}x{2 * size}", "shape": shape or {"H": size, "W": 2 * size}},
+            **{"time_ms": size / 10, "extra_mib": 1.5, "share_of_ceiling": 0.5, "naive_mib": size**2 / 16},
+            **{"speedup": {"naive": 3.0, "chunked": 2.0}, "rival_ms": {"naive": size / 3.0}},
+            **{"rival_extra_mib": {"naive": size / 2.0}, **more},
+        }
+
+    rows = [
+        row(op, size, impl) for op in OPERATORS for size in (128, 256, 512) for impl in ("cpp", "reference")
+    ]
+    return {
+        "machine": {"cpu": "a chip", "gpu": None, "memory_gib": 8.0},
+        **{"versions": {"torch": "2"}, "threads": 2, "command": "python -m this", "device": "cpu"},
+        "rows": [
+            *rows,
+            row("predict", 321, "cpp", ladder=False),
+            row("predict", 321, "reference", ladder=False),
+        ],
+    }
+
+
+def test_kernels_table_shows_the_nearest_rival(tmp_path: Path) -> None:
+    path = tmp_path / "kernels.json"
+    path.write_text(json.dumps(kernels_result()))
+    lines = tables.table("kernels", path).splitlines()
+    assert [cell.strip() for cell in lines[0].split("|")[1:-1]] == list(tables.COLUMNS["kernels"].values())
+    assert len(lines) == 5, "the ladder is for pictures, the reference where there is no kernel"
+    cells = [cell.strip() for cell in lines[2].split("|")[1:-1]]
+    assert cells[:5] == ["predict", "image_321x642", "float32", "forward", "cpp"]
+    assert cells[-3:] == ["3", "2", "chunked"]
+
+
+def test_plots_are_drawn_the_same_each_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "kernels.json"
+    path.write_text(json.dumps(kernels_result()))
+    first: list[bytes] = []
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        folder.mkdir()
+        assert plots.main(["--json", str(path), "--out", str(folder)]) == 0
+        pictures = sorted(folder.iterdir())
+        assert [picture.name for picture in pictures] == ["kernels_memory_cpu.svg", "kernels_time_cpu.svg"]
+        first = first or [picture.read_bytes() for picture in pictures]
+        assert first == [picture.read_bytes() for picture in pictures]
+    assert b"naive needs more than 8 GiB" in first[0] and b"cross_similarity" in first[1]
+    path.write_text(json.dumps({**kernels_result(), "rows": []}))
+    assert plots.main(["--json", str(path), "--out", str(tmp_path)]) == 1
+    assert "found none" in capsys.readouterr().err
+
+
+def test_the_wall_is_where_naive_memory_meets_the_machines() -> None:
+    rows = [{"shape": {"H": side, "W": side}, "naive_mib": float(side**2)} for side in (8, 16, 32)]
+    assert plots.wall(rows, 512.0) == pytest.approx(512)
+    assert plots.wall(rows, 2048.0) is None
 
 
 def test_time_is_that_of_the_call() -> None:

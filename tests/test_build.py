@@ -243,6 +243,37 @@ def test_only_the_stable_abi() -> None:
     assert "libpython" not in needed and "libtorch_python" not in needed
 
 
+DEVICE_CODE = """
+__device__ float select(bool m, float a, float b) { return m ? a : b; }
+__device__ bool less(float a, float b) { return a < b; }
+__device__ bool at_most(float a, float b) { return a <= b; }
+#include "pixel_loss.h"
+#include "upsample.h"
+
+__global__ void kernel(float* out, int n) {
+  const cisc::Tap tap = cisc::bilinear_tap(threadIdx.x, 9, n, false);
+  float slope;
+  out[0] = cisc::binary_cross_entropy(n > 3, tap.weight_high<float>(), 0.0f, 1.0f, &slope);
+  out[1] = slope + cisc::consistency_gap(n > 3, tap.weight_low<float>(), 1.0f);
+  out[2] = cisc::cross_entropy_slope(n > 3, out[3], out[4], out[5], 0.0f);
+  out[6] = static_cast<float>(cisc::first_output(threadIdx.x, 9, n, true));
+}
+"""
+
+
+def test_shared_headers_compile_for_the_device(setup_py: ModuleType, tmp_path: Path) -> None:
+    """Positions, weights and losses of a pixel are the same source on the CPU and on a GPU."""
+    nvcc = setup_py.find_nvcc(os.environ)
+    if nvcc is None:
+        pytest.skip("no nvcc")
+    source = tmp_path / "shared.cu"
+    source.write_text(DEVICE_CODE)
+    command = [nvcc, "-std=c++17", "-arch=sm_80", "-I", str(ROOT / "csrc"), "-ptx", str(source)]
+    done = subprocess.run([*command, "-o", str(tmp_path / "o.ptx")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "kernel" in (tmp_path / "o.ptx").read_text()
+
+
 @compiled
 def test_built_info() -> None:
     from cisc_ext import _build

@@ -253,7 +253,9 @@ def _workloads() -> Iterator[Workload]:
 
         shape = {"B": batch, "C": CHANNELS, "N": h * w, "M": h * w}
         passes = ("forward",) if ladder else ("forward", "backward")
-        return Workload(name, shape, make, passes, mode, reduction, ladder)
+        in_low = not ladder and (reduction == "max" or (mode == "dense" and reduction != "mean"))
+        dtypes = ("float32", "bfloat16") if in_low else ("float32",)
+        return Workload(name, shape, make, passes, dtypes, mode, reduction, ladder)
 
     for reduction in REDUCTIONS:
         yield workload(f"n16384_dense_{reduction}", reduction, "dense", 1, (128, 128))
@@ -313,9 +315,9 @@ def _cost(inputs: dict[str, Any], passes: str) -> Cost:
         backward = 3 * forward if reduction == "softmax" else 4 * channels * maps * winners
     saved = 8 * maps * winners if reduction in ("max", "topk") else 4 * maps
     labels = inputs["guide_labels"].nbytes + (0 if classes is not None else inputs["query_labels"].nbytes)
-    first = Cost(forward + norms, operands + labels + 4 * maps + saved)
-    second = Cost(backward + 2 * norms, 2 * operands + labels + 8 * maps + saved)
-    both = Cost(first.flops + second.flops, first.bytes + second.bytes)
+    first = Cost(forward + norms, operands + labels + 4 * maps + saved, products=True)
+    second = Cost(backward + 2 * norms, 2 * operands + labels + 8 * maps + saved, products=True)
+    both = Cost(first.flops + second.flops, first.bytes + second.bytes, products=True)
     return {"forward": first, "backward": second, "both": both}[passes]
 
 

@@ -180,7 +180,9 @@ def _workloads() -> Iterator[Workload]:
                 }
 
             name = size.name if slots == 1 else f"{size.name}_four_classes"
-            yield Workload(name, {**size.shape(), "S": slots}, make, ("forward", "both"), ladder=ladder)
+            passes = ("both",) if ladder else ("forward", "both")
+            dtypes = ("float32",) if ladder or slots > 1 else ("float32", "bfloat16")
+            yield Workload(name, {**size.shape(), "S": slots}, make, passes, dtypes, ladder=ladder)
 
 
 def _cost(inputs: dict[str, Any], passes: str) -> Cost:

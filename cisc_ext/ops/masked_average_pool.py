@@ -218,7 +218,11 @@ def _workloads() -> Iterator[Workload]:
                 }
 
             name = size.name if slots == 1 else f"{size.name}_all_classes"
-            yield Workload(name, {**size.shape(channels=True), "S": slots}, make, ladder=ladder)
+            passes = ("forward",) if ladder else ("forward", "backward")
+            dtypes = ("float32",) if ladder or slots > 1 else ("float32", "bfloat16")
+            yield Workload(
+                name, {**size.shape(channels=True), "S": slots}, make, passes, dtypes, ladder=ladder
+            )
 
 
 def _cost(inputs: dict[str, Any], passes: str) -> Cost:

@@ -156,7 +156,8 @@ def _workloads() -> Iterator[Workload]:
             labels = size.labels(generator)
             return {"logits": size.logits(generator), "size": labels.shape[1:], "labels": labels}
 
-        yield Workload(size.name, size.shape(), make, ("forward",), ladder=ladder)
+        dtypes = ("float32",) if ladder else ("float32", "bfloat16")
+        yield Workload(size.name, size.shape(), make, ("forward",), dtypes, ladder=ladder)
 
 
 def _cost(inputs: dict[str, Any], passes: str) -> Cost:

@@ -167,7 +167,9 @@ def _workloads() -> Iterator[Workload]:
 
             name = size.name if slots == 1 else f"{size.name}_all_classes"
             shape = {**size.shape(channels=True, labels=False), "S": slots}
-            yield Workload(name, shape, make, ladder=ladder)
+            passes = ("forward",) if ladder else ("forward", "backward")
+            dtypes = ("float32",) if ladder or slots > 1 else ("float32", "bfloat16")
+            yield Workload(name, shape, make, passes, dtypes, ladder=ladder)
 
 
 def _cost(inputs: dict[str, Any], passes: str) -> Cost:

@@ -426,8 +426,10 @@ def _workloads() -> Iterator[Workload]:
 
             name = size.name if mode == "rectified" else f"{size.name}_{mode}"
             reduction = "none" if mode == "pixels" else "mean"
-            passes = ("forward", "backward" if mode == "pixels" else "both")
-            yield Workload(name, size.shape(), make, passes, reduction=reduction, ladder=ladder)
+            both = "backward" if mode == "pixels" else "both"
+            passes = (both,) if ladder else ("forward", both)
+            dtypes = ("float32", "bfloat16") if mode == "rectified" and not ladder else ("float32",)
+            yield Workload(name, size.shape(), make, passes, dtypes, reduction=reduction, ladder=ladder)
 
 
 def _cost(inputs: dict[str, Any], passes: str) -> Cost:

@@ -64,14 +64,15 @@ class Sample:
 class Workload:
     """Inputs to measure an operator on, at a size that matters: float32 tensors on the CPU, made when asked.
 
-    `passes` are those of `PASSES` worth timing; `ladder` marks one of a series of sizes that is there for the
-    curve over them.
+    `passes` are those of `PASSES` worth timing, `dtypes` the precisions; `ladder` marks one of a series of
+    sizes that is there for the curve over them.
     """
 
     name: str
     shape: dict[str, int]
     make: Callable[[], dict[str, Any]]
     passes: tuple[str, ...] = ("forward", "backward")
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
     mode: str | None = None
     reduction: str | None = None
     ladder: bool = False
@@ -81,12 +82,14 @@ class Workload:
 class Cost:
     """The least work a call needs: floating-point operations, and bytes read and written once.
 
-    An exponential or a logarithm counts as 12 operations, a linear interpolation as 3. Pairs and pixels that
+    The operations go at the rate of float32, or with `products` at that of products in the inputs' dtype. An
+    exponential or a logarithm counts as 12 operations, a linear interpolation as 3. Pairs and pixels that
     labels rule out do not count.
     """
 
     flops: int
     bytes: int
+    products: bool = False
 
 
 @dataclass(frozen=True)
