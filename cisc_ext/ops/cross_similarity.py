@@ -258,13 +258,13 @@ def _workloads() -> Iterator[Workload]:
         return Workload(name, shape, make, passes, dtypes, mode, reduction, ladder)
 
     for reduction in REDUCTIONS:
-        yield workload(f"n16384_dense_{reduction}", reduction, "dense", 1, (128, 128))
+        yield workload(f"n4096_dense_{reduction}", reduction, "dense", 1, (64, 64))
     for mode in ("labels", "own"):
         for reduction in REDUCTIONS[:3]:
-            yield workload(f"n16384_{mode}_{reduction}", reduction, mode, 1, (128, 128))
+            yield workload(f"n4096_{mode}_{reduction}", reduction, mode, 1, (64, 64))
     for size in CROPS:
         yield workload(f"{size.name}_labels_max", "max", "labels", size.batch, size.low)
-    for pixels in (1024, 2048, 4096, 8192):
+    for pixels in (1024, 2048, 8192, 16384):
         yield workload(f"n{pixels}_dense_max", "max", "dense", 1, (32, pixels // 32), ladder=True)
     for size in IMAGES:
         yield workload(f"{size.name}_dense_max", "max", "dense", 1, size.low, ladder=True)
