@@ -18,7 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cases import make_case
 from benchmarks.machine import ROOT
+from benchmarks.rivals import naive_bytes
 from cisc_ext.files import atomic_write
 
 Row = dict[str, Any]
@@ -72,6 +74,17 @@ def lines(rows: Sequence[Row], of_memory: bool) -> dict[str, Points]:
     return {name: sorted(points[name].items()) for name in STYLES if name in points}
 
 
+def unmeasured(result: Row, op: str) -> list[Row]:
+    """Images at which nothing ran within its limit: what the naive expression would need there."""
+    needs = []
+    for left in result.get("left_out", []):
+        case = (left["op"], left["workload"], left["dtype"], left["pass"])
+        if left["op"] == op and left["workload"].startswith("image_") and left["dtype"] == "float32":
+            made = make_case(*case, "cpu")
+            needs.append({**left, "shape": made.workload.shape, "naive_mib": naive_bytes(made) / 2**20})
+    return needs
+
+
 def wall(rows: Sequence[Row], memory_mib: float) -> float | None:
     """Pixels from which on the naive expression needs more memory than there is; None below all."""
     needs = sorted({(image_pixels(row), row["naive_mib"]) for row in rows})
@@ -107,6 +120,7 @@ def draw(result: Row, of_memory: bool, path: Path) -> None:
                 colour, mark = STYLES[name]
                 (line,) = axis.loglog(*zip(*points, strict=True), color=colour, marker=mark, markersize=3)
                 shown.setdefault(name, line)
+            rows = rows + unmeasured(result, op)
             if of_memory:
                 needs = sorted({(image_pixels(row), row["naive_mib"]) for row in rows})
                 (line,) = axis.loglog(

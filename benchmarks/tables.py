@@ -45,7 +45,6 @@ _METHODS = {
 _KERNELS = {
     "op": "operator",
     "workload": "workload",
-    "dtype": "dtype",
     "pass": "pass",
     "impl": "by",
     "time_ms": "ms",
@@ -66,7 +65,7 @@ COLUMNS: dict[str, dict[str, str]] = {
 
 
 def _kernels(rows: Sequence[Row]) -> list[Row]:
-    """Rows outside ladders, of the reference only where there is no kernel; with the nearest rival."""
+    """Float32 rows outside ladders, with the nearest rival; where there is no kernel, the reference forward."""
 
     def case(row: Row) -> tuple[str, ...]:
         return row["op"], row["workload"], row["dtype"], row["pass"]
@@ -74,7 +73,8 @@ def _kernels(rows: Sequence[Row]) -> list[Row]:
     written = {case(row) for row in rows if row["impl"] != "reference"}
     shown = []
     for row in rows:
-        if not row["ladder"] and (row["impl"] != "reference" or case(row) not in written):
+        unwritten = row["pass"] != "backward" and case(row) not in written
+        if row["dtype"] == "float32" and not row["ladder"] and (row["impl"] != "reference" or unwritten):
             speedup = row["speedup"]
             rival = min(speedup, key=lambda name: speedup[name], default=None)
             ratios = {"naive": speedup.get("naive"), "least": speedup.get(rival), "rival": rival}

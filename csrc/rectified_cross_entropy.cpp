@@ -46,6 +46,7 @@ void check_arguments(const char* op, const Tensor& logits, const Tensor& labels,
       check_classes(op, *classes);
       check_size(op, "classes", *classes, 0, logits.size(0), "[B,S]");
       check_size(op, "classes", *classes, 1, similarity->size(1), "[B,S]");
+      for (int64_t b = 0; b < logits.size(0); ++b) read_classes(op, *classes, b, logits.size(1));
     } else {
       check_size(op, "similarity", *similarity, 1, 1, "[B,1,h',w']");
     }

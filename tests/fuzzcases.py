@@ -429,12 +429,14 @@ def _hard_pixels(draw: Draw, case: Case) -> None:
         gaps = ((ordered[1:] - ordered[:-1] > 4 * near) & (ordered[:-1] > -60)).nonzero().flatten().tolist()
         place = draw.one(*gaps) if gaps else None
         threshold = 2.0 if place is None else float(((ordered[place] + ordered[place + 1]) / 2).exp())
-    # The min_kept-th smallest keeps itself and what ties with it; the next one must be well above.
+    # The min_kept-th smallest keeps itself and what ties with it; the next one must be well above. Of three
+    # classes and more, the same logits in another order may give another sum of their exponentials.
     tie = 1e-9
+    ties = case.exact and (logits.shape[1] <= 2 or case.what == "constant")
     ranks = [
         k for k in {1, 2, count // 3, count // 2, count - 1, draw.between(0, max(count, 1))} if 0 < k < count
     ]
-    settled = [k for k in ranks if _settled(ordered, k, 4 * near, tie if case.exact else None)]
+    settled = [k for k in ranks if _settled(ordered, k, 4 * near, tie if ties else None)]
     min_kept = draw.one(0, count, count + 1, 100000, *settled, *settled, *settled)
     case.inputs |= {"ohem_threshold": threshold, "ohem_min_kept": min_kept}
     if count < min_kept:
