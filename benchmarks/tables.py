@@ -65,7 +65,7 @@ COLUMNS: dict[str, dict[str, str]] = {
 
 
 def _kernels(rows: Sequence[Row]) -> list[Row]:
-    """Float32 rows outside ladders, with the nearest rival; where there is no kernel, the reference forward."""
+    """Float32 rows outside ladders, with the nearest rival; without a kernel the reference forward."""
 
     def case(row: Row) -> tuple[str, ...]:
         return row["op"], row["workload"], row["dtype"], row["pass"]

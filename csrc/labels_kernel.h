@@ -1,6 +1,8 @@
 // Labels of a row as int32 codes; part of the kernels, see simd.h.
 #pragma once
 
+#include <type_traits>
+
 #include "labels.h"
 #include "simd.h"
 

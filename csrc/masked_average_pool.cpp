@@ -239,6 +239,7 @@ void backward_image(const Tensor& grad, const Tensor& labels, int64_t image, con
   const std::vector<double> scale = scales(counts, eps);
   std::vector<int64_t> unused(static_cast<size_t>(slots.count), 0);
   const float* from = static_cast<const float*>(grad.const_data_ptr()) + image * grad.stride(0);
+  const Kernels& kernel = kernels();
   for (const Piece& piece : pieces) {
     if (pieces.size() > 1) build(labels, image, g, slots, piece, weights, unused);
     parallel_for(0, channels, grain(piece.pixels()), [&](int64_t begin, int64_t end) {
@@ -252,8 +253,8 @@ void backward_image(const Tensor& grad, const Tensor& labels, int64_t image, con
           own[slot] += from[static_cast<int64_t>(s) * grad.stride(1) + c * grad.stride(2)] * scale[slot];
         }
         for (size_t slot = 0; slot < own.size(); ++slot) factor[slot] = static_cast<float>(own[slot]);
-        kernels().scatter(factor.data(), weights.view(), g.width, kind, gradient,
-                          (image * channels + c) * g.height * g.width);
+        kernel.scatter(factor.data(), weights.view(), g.width, kind, gradient,
+                       (image * channels + c) * g.height * g.width);
       }
     });
   }

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <map>
 #include <stdexcept>
 #include <string>
@@ -120,7 +121,7 @@ py::dict plan(const std::string& op, const Shapes& shapes, const std::string& dt
     const Shape &logits = shape_of(op, shapes, "logits", 4), &size = shape_of(op, shapes, "size", 2);
     const auto grid = grid_of(logits, size[0], size[1], true);
     const auto p = ns::plan(grid, logits[0]);
-    return upsampling(p, threads, ns::kCopies * grid.planes * grid.planes * 2,
+    return upsampling(p, threads, ns::copies(grid.planes) * grid.planes * grid.planes * 2,
                       ns::work(grid, p, logits[0], bytes, kLabelBytes));
   }
   if (op == "prototype_similarity") {

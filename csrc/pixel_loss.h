@@ -1,7 +1,8 @@
 // Losses of one pixel, forward and backward. Shared by host and device code; needs no torch header.
 //
-// Written for any arithmetic type T that has +, -, *, / and, found by name, select(mask, a, b), less(a, b),
-// at_most(a, b), min, max, exp and log: a float of the device, or a vector of the host (simd.h).
+// Written for any arithmetic type T that has +, -, *, / and, declared before this file is included,
+// select(mask, a, b), less(a, b), at_most(a, b), min, max and log: a float of the device, or a vector of the
+// host (simd.h).
 #pragma once
 
 #include "bilinear.h"

@@ -74,10 +74,10 @@ std::tuple<Tensor, Tensor> forward(const Tensor& logits, int64_t height, int64_t
         kernel(problem, task, &sums);
         own.invalid |= sums.invalid;
       },
-      [&] { return Own{std::vector<int64_t>(static_cast<size_t>(kCopies * cells), 0), false}; },
+      [&] { return Own{std::vector<int64_t>(static_cast<size_t>(copies(planes) * cells), 0), false}; },
       [&](const Own& own) {  // whole numbers: their sum has no order
         invalid |= own.invalid;
-        for (int64_t i = 0; i < kCopies * cells; ++i)
+        for (int64_t i = 0; i < copies(planes) * cells; ++i)
           counts[i % cells] += own.confusion[static_cast<size_t>(i)];
       });
   if (invalid) fail_labels(kName, *labels, planes, ignore_index);

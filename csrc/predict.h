@@ -8,7 +8,10 @@ namespace cisc::predict {
 
 constexpr int64_t kMaxClasses = 256;
 constexpr int64_t kRowFloats = 2;  // per label pixel of a chunk: its code, and its best class
-constexpr int64_t kCopies = 4;     // of the confusion matrix, so that neighbours do not wait for each other
+
+// Confusion matrices of a thread: several while they are small, so that neighbours do not wait for each
+// other.
+CISC_HD int64_t copies(int64_t classes) { return classes <= 64 ? 4 : 1; }
 
 struct Problem {
   upsample::Grid grid;
@@ -22,7 +25,7 @@ struct Problem {
 
 // What a task adds up.
 struct Sums {
-  int64_t* confusion = nullptr;  // [kCopies, K, K] of the thread
+  int64_t* confusion = nullptr;  // [copies, K, K] of the thread
   bool invalid = false;          // a label is neither a class nor ignored
 };
 

@@ -44,7 +44,7 @@ class Body {
   }
 
   void finish(int64_t rows, int64_t y0, int64_t x0, int64_t n) {
-    const int64_t planes = p_.grid.planes;
+    const int64_t planes = p_.grid.planes, mask = copies(planes) - 1;
     for (int64_t row = 0; row < rows; ++row) {
       const int32_t* best = best_ + row * columns_;
       uint8_t* to = p_.classes + (task_.image * p_.grid.height + y0 + row) * p_.grid.width + x0;
@@ -52,7 +52,7 @@ class Body {
       if (!p_.has_labels) continue;
       const int32_t* code = code_ + row * columns_;
       for (int64_t i = 0; i < n; ++i) {
-        if (code[i] >= 0) ++sums_->confusion[((i % kCopies) * planes + code[i]) * planes + best[i]];
+        if (code[i] >= 0) ++sums_->confusion[((i & mask) * planes + code[i]) * planes + best[i]];
       }
     }
   }

@@ -5,7 +5,6 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <cmath>
 #include <cstring>
 #include <limits>
 #include <optional>

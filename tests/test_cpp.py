@@ -110,11 +110,17 @@ def test_every_instruction_set(isa: str) -> None:
 
 
 def test_a_wrong_instruction_set_is_one_line() -> None:
-    script = "import torch; from cisc_ext import ops; ops.predict(torch.zeros(1, 2, 3, 3), (4, 4))"
-    done = run_with("mmx", "-c", script)
-    last = done.stderr.strip().splitlines()[-1]
-    assert done.returncode != 0
-    assert last.startswith("ValueError: CISC_ISA must be one of portable") and last.endswith("got 'mmx'")
+    x = "torch.zeros(1, 2, 3, 3)"
+    labels, classes = "torch.zeros(1, 4, 4, dtype=torch.uint8)", "torch.zeros(1, 1, dtype=torch.int64)"
+    pool = "torch.ops.cisc_ext.masked_average_pool_backward"
+    for call in (
+        f"ops.predict({x}, (4, 4))",
+        f"{pool}(torch.zeros(1, 1, 2), {labels}, {classes}, 3, 3, 1.0, torch.float32)",
+    ):
+        done = run_with("mmx", "-c", f"import torch; from cisc_ext import ops; {call}")
+        last = done.stderr.strip().splitlines()[-1]
+        assert done.returncode != 0
+        assert last.startswith("ValueError: CISC_ISA must be one of portable") and last.endswith("got 'mmx'")
 
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
