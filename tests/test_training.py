@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -133,8 +133,7 @@ def test_an_interrupted_run_ends_as_one_that_was_not(
     assert scores(out) == scores(finished)
 
 
-@pytest.mark.parametrize("name", ["sup", "stpp"])
-def _operators(convert: torch.dtype, functions: dict[str, Callable[..., Any]]) -> types.SimpleNamespace:
+def _operators(convert: torch.dtype, functions: Mapping[str, Callable[..., Any]]) -> types.SimpleNamespace:
     """The operators that the method calls, each on features and logits of a dtype, the result in float32."""
 
     def by(function: Callable[..., Any]) -> Callable[..., torch.Tensor]:
@@ -189,6 +188,7 @@ def test_kernels_train_as_the_reference(tmp_path: Path, monkeypatch: pytest.Monk
     assert_rounding(lines["default"].float(), lines["float64"], lines["naive"], size, what="losses")
 
 
+@pytest.mark.parametrize("name", ["sup", "stpp"])
 def test_other_methods_share_the_stages(data: Path, tmp_path: Path, name: str) -> None:
     assert train.main(flags(data, tmp_path / name, "--method", name)) == 0
     metrics = json.loads((tmp_path / name / "metrics.json").read_text())
