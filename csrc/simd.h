@@ -60,14 +60,9 @@ inline F gather(const float* from, I index) {
 }
 inline I to_int(F a) { return reinterpret_cast<I>(_mm512_cvtps_epi32(a)); }
 inline F to_float(I a) { return _mm512_cvtepi32_ps(reinterpret_cast<__m512i>(a)); }
-#elif defined(__AVX2__)
+#else
 typedef I M;  // all bits of a lane set, or none
 
-inline F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
-inline F round(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-inline F sqrt(F a) { return _mm256_sqrt_ps(a); }
-inline F max(F a, F b) { return _mm256_max_ps(a, b); }
-inline F min(F a, F b) { return _mm256_min_ps(a, b); }
 inline M less(F a, F b) { return a < b; }
 inline M at_most(F a, F b) { return a <= b; }
 inline M same(F a, F b) { return a == b; }
@@ -75,6 +70,14 @@ inline M same(I a, I b) { return a == b; }
 inline M less(I a, I b) { return a < b; }
 inline M both(M a, M b) { return a & b; }
 inline M negate(M a) { return ~a; }
+#endif
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+inline F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+inline F round(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline F sqrt(F a) { return _mm256_sqrt_ps(a); }
+inline F max(F a, F b) { return _mm256_max_ps(a, b); }
+inline F min(F a, F b) { return _mm256_min_ps(a, b); }
 inline bool any(M a) { return _mm256_movemask_ps(reinterpret_cast<F>(a)) != 0; }
 inline F select(M m, F a, F b) { return _mm256_blendv_ps(b, a, reinterpret_cast<F>(m)); }
 inline I select(M m, I a, I b) {
@@ -86,21 +89,12 @@ inline F gather(const float* from, I index) {
 }
 inline I to_int(F a) { return reinterpret_cast<I>(_mm256_cvtps_epi32(a)); }
 inline F to_float(I a) { return _mm256_cvtepi32_ps(reinterpret_cast<__m256i>(a)); }
-#else
-typedef I M;
-
+#elif !defined(__AVX512F__)
 inline F fma(F a, F b, F c) { return a * b + c; }
 inline F sqrt(F a) {
   for (int i = 0; i < kLanes; ++i) a[i] = __builtin_sqrtf(a[i]);
   return a;
 }
-inline M less(F a, F b) { return a < b; }
-inline M at_most(F a, F b) { return a <= b; }
-inline M same(F a, F b) { return a == b; }
-inline M same(I a, I b) { return a == b; }
-inline M less(I a, I b) { return a < b; }
-inline M both(M a, M b) { return a & b; }
-inline M negate(M a) { return ~a; }
 inline bool any(M a) {
   int32_t bits = 0;
   for (int i = 0; i < kLanes; ++i) bits |= a[i];
