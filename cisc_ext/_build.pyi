@@ -26,4 +26,5 @@ def plan(
     device: str = "cpu",
     backward: bool = False,
     threads: int = 1,
+    ohem: bool = False,
 ) -> Plan: ...

@@ -80,6 +80,20 @@ struct F16 {
 #endif
 };
 
+// f(at, offset, run) for the pixels [first, first + n) of a grid of `width` columns, row by row, or at once
+// where rows follow each other: `at` counts from `first`, `offset` is by strides from the grid's corner.
+template <typename Function>
+inline void each_run(int64_t width, int64_t stride_y, int64_t stride_x, int64_t first, int64_t n,
+                     Function&& f) {
+  if (stride_y == width * stride_x) return f(int64_t{0}, first * stride_x, n);
+  for (int64_t i = 0; i < n;) {
+    const int64_t y = (first + i) / width, x = (first + i) % width;
+    const int64_t run = width - x < n - i ? width - x : n - i;
+    f(i, y * stride_y + x * stride_x, run);
+    i += run;
+  }
+}
+
 // to[i] = from[i * stride], i < n
 template <typename T>
 inline void read_row(const T* from, int64_t stride, int64_t n, float* to) {
@@ -121,10 +135,17 @@ inline void read_row(Float kind, const void* from, int64_t offset, int64_t strid
 template <typename T>
 inline void write_row(const float* from, int64_t n, T* to) {
   int64_t i = 0;
-#if defined(__AVX512BF16__)  // which takes numbers below the normal range for 0
+#if defined(__AVX512BF16__)
   if constexpr (T::kind == Float::bf16) {
     for (; i + 16 <= n; i += 16) {
-      const __m256bh narrow = _mm512_cvtneps_pbh(static_cast<__m512>(load(from + i)));
+      const F wide = load(from + i);
+      // The instruction takes numbers below the normal range for 0.
+      const M tiny = less(max(wide, -wide), broadcast(1.17549435e-38f));
+      if (any(both(tiny, negate(same((I)wide << 1, I{}))))) {
+        for (int64_t j = i; j < i + 16; ++j) to[j] = T::narrow(from[j]);
+        continue;
+      }
+      const __m256bh narrow = _mm512_cvtneps_pbh(static_cast<__m512>(wide));
       std::memcpy(to + i, &narrow, sizeof narrow);
     }
   }

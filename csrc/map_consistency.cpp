@@ -66,7 +66,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& similarity, const Tensor& label
   const auto kernel = need_grad ? kernels.gradient : kernels.loss;
   std::vector<Sums> sums(static_cast<size_t>(batch * p.tasks));
   float* into = need_grad ? static_cast<float*>(grad.mutable_data_ptr()) : nullptr;
-  upsample::run_tasks(p, table.grid, batch, into,
+  upsample::run_tasks(p, table.grid, batch, into, 0,
                       [&](const upsample::Task& task, int64_t i) { kernel(problem, task, &sums[i]); });
   Sums all;
   for (const Sums& one : sums) {

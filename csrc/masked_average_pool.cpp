@@ -7,8 +7,6 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <mutex>
-
 #include "isa.h"
 #include "labels_kernel.h"
 #include "masked_average_pool_kernel.h"
@@ -71,8 +69,7 @@ std::vector<Piece> cut(const Plan& plan, const Geometry& g) {
 // neighbour lies there. labels: [H,W]
 template <typename L>
 void spread_rows(const L* labels, int64_t stride_y, int64_t stride_x, const Geometry& g,
-                 const Slots::View& slots, int64_t begin, int64_t end, Weights& weights,
-                 std::vector<int64_t>& counts) {
+                 const Slots::View& slots, int64_t begin, int64_t end, Weights& weights, int64_t* counts) {
   struct Column {
     int64_t low, part;
   };
@@ -152,23 +149,22 @@ void pack(const Geometry& g, Weights& weights) {
 void build(const Tensor& labels, int64_t image, const Geometry& g, const Slots& slots, const Piece& piece,
            Weights& weights, std::vector<int64_t>& counts) {
   weights.piece = piece;
-  std::mutex merging;
   const Labels from = read_labels(labels);
+  const Crew crew(piece.rows(), counting_bytes(weights.slots),
+                  grain(g.label_height * g.label_width / g.height), kPoolCrewBytes);
+  const auto own = crew.zeros<int64_t>(weights.slots);
   const auto spread = [&](const auto* data) {
-    parallel_for(piece.top, piece.bottom, grain(g.label_height * g.label_width / g.height),
-                 [&](int64_t begin, int64_t end) {
-                   for (int64_t slot = 0; slot < weights.slots; ++slot) {
-                     int64_t* rows =
-                         weights.exact.get() + (slot * piece.rows() + begin - piece.top) * piece.columns();
-                     std::fill(rows, rows + (end - begin) * piece.columns(), 0);
-                   }
-                   std::vector<int64_t> own(counts.size(), 0);
-                   spread_rows(data, from.stride_y, from.stride_x, g, slots.view(), begin, end, weights, own);
-                   const std::lock_guard<std::mutex> lock(merging);
-                   for (size_t slot = 0; slot < own.size(); ++slot) counts[slot] += own[slot];
-                 });
+    crew.run([&](int64_t thread, int64_t begin, int64_t end) {
+      for (int64_t slot = 0; slot < weights.slots; ++slot) {
+        int64_t* rows = weights.exact.get() + (slot * piece.rows() + begin) * piece.columns();
+        std::fill(rows, rows + (end - begin) * piece.columns(), 0);
+      }
+      spread_rows(data, from.stride_y, from.stride_x, g, slots.view(), piece.top + begin, piece.top + end,
+                  weights, own[thread]);
+    });
   };
   with_labels(from, image, 0, 0, spread);
+  crew.add_all(own, weights.slots, counts.data());
   pack(g, weights);
 }
 
@@ -192,11 +188,12 @@ void pool(const Image<const void*>& features, int64_t image, int64_t first, int6
                  });
     return;
   }
-  parallel_for(0, (channels + kPlanes - 1) / kPlanes, grain(kPlanes * weights.piece.pixels()),
-               [&](int64_t begin, int64_t end) {
-                 std::vector<double> own(static_cast<size_t>(weights.slots * kPlanes));
-                 kernel.pool_planes(features, image, first, channels, begin, end, weights, own.data(), sums);
-               });
+  const Crew crew((channels + kPlanes - 1) / kPlanes, pooling_bytes(weights.slots),
+                  grain(kPlanes * weights.piece.pixels()), kPoolCrewBytes);
+  const auto own = crew.each<double>(weights.slots * kPlanes);
+  crew.run([&](int64_t thread, int64_t begin, int64_t end) {
+    kernel.pool_planes(features, image, first, channels, begin, end, weights, own[thread], sums);
+  });
 }
 
 void forward_image(const Tensor& features, const Tensor& labels, int64_t image, const Geometry& g,
@@ -242,18 +239,21 @@ void backward_image(const Tensor& grad, const Tensor& labels, int64_t image, con
   const Kernels& kernel = kernels();
   for (const Piece& piece : pieces) {
     if (pieces.size() > 1) build(labels, image, g, slots, piece, weights, unused);
-    parallel_for(0, channels, grain(piece.pixels()), [&](int64_t begin, int64_t end) {
-      std::vector<double> own(static_cast<size_t>(slots.count));
-      std::vector<float> factor(static_cast<size_t>(slots.count));
+    const Crew crew(channels, scattering_bytes(slots.count), grain(piece.pixels()), kPoolCrewBytes);
+    const auto totals = crew.each<double>(slots.count);
+    const auto factors = crew.each<float>(slots.count);
+    crew.run([&](int64_t thread, int64_t begin, int64_t end) {
+      double* own = totals[thread];
+      float* factor = factors[thread];
       for (int64_t c = begin; c < end; ++c) {
-        std::fill(own.begin(), own.end(), 0.0);
+        std::fill(own, own + slots.count, 0.0);
         for (size_t s = 0; s < slots.of_column.size(); ++s) {
           const int32_t slot = slots.of_column[s];
           if (slot < 0) continue;
           own[slot] += from[static_cast<int64_t>(s) * grad.stride(1) + c * grad.stride(2)] * scale[slot];
         }
-        for (size_t slot = 0; slot < own.size(); ++slot) factor[slot] = static_cast<float>(own[slot]);
-        kernel.scatter(factor.data(), weights.view(), g.width, kind, gradient,
+        for (int64_t slot = 0; slot < slots.count; ++slot) factor[slot] = static_cast<float>(own[slot]);
+        kernel.scatter(factor, weights.view(), g.width, kind, gradient,
                        (image * channels + c) * g.height * g.width);
       }
     });
@@ -268,6 +268,7 @@ void check_common(const char* op, const Tensor& labels, const Tensor& classes, i
   check_size(op, "classes", classes, 0, images, "[B,S]");
   check(classes.size(1) <= kMaxClasses, op, "classes must have at most ", kMaxClasses, " columns, got ",
         classes.size(1));
+  for (int64_t b = 0; b < images; ++b) read_classes(op, classes, b);
   check(labels.size(1) * labels.size(2) <= kMaxLabels, op, "labels must have at most ", kMaxLabels,
         " pixels per image, got ", labels.size(1), " x ", labels.size(2));
   check((height > 0 && width > 0) || labels.numel() == 0, op, "features must have at least one pixel, got ",
@@ -284,18 +285,16 @@ Tensor forward(const Tensor& features, const Tensor& labels, const Tensor& class
   check_features(kForward, "features", features.scalar_type());
   check_cpu(kForward, "features", features);
   const int64_t images = features.size(0);
-  const Geometry g{features.size(2), features.size(3), labels.dim() == 3 ? labels.size(1) : 0,
-                   labels.dim() == 3 ? labels.size(2) : 0};
-  check_common(kForward, labels, classes, images, g.height, g.width);
-  std::vector<Slots> slots;
-  for (int64_t b = 0; b < images; ++b) slots.emplace_back(read_classes(kForward, classes, b));
+  check_common(kForward, labels, classes, images, features.size(2), features.size(3));
+  const Geometry g{features.size(2), features.size(3), labels.size(1), labels.size(2)};
 
   const std::array<int64_t, 3> size{images, classes.size(1), features.size(1)};
   Tensor prototypes = torch::stable::new_zeros(features, {size.data(), size.size()}, ScalarType::Float);
   if (prototypes.numel() == 0 || labels.numel() == 0) return prototypes;
   float* out = static_cast<float*>(prototypes.mutable_data_ptr());
   for (int64_t b = 0; b < images; ++b) {
-    if (slots[b].count > 0) forward_image(features, labels, b, g, slots[b], eps, out);
+    const Slots slots(read_classes(kForward, classes, b));
+    if (slots.count > 0) forward_image(features, labels, b, g, slots, eps, out);
   }
   return prototypes;
 }
@@ -316,8 +315,6 @@ Tensor backward(const Tensor& grad, const Tensor& labels, const Tensor& classes,
   check_common(kBackward, labels, classes, images, h, w);
   check_size(kBackward, "grad", grad, 1, classes.size(1), "[B,S,C]");
   const Geometry g{h, w, labels.size(1), labels.size(2)};
-  std::vector<Slots> slots;
-  for (int64_t b = 0; b < images; ++b) slots.emplace_back(read_classes(kBackward, classes, b));
 
   const std::array<int64_t, 4> size{images, channels, h, w};
   const torch::headeronly::IntHeaderOnlyArrayRef shape(size.data(), size.size());
@@ -325,7 +322,8 @@ Tensor backward(const Tensor& grad, const Tensor& labels, const Tensor& classes,
   Tensor gradient = torch::stable::new_empty(grad, shape, dtype);
   void* out = gradient.mutable_data_ptr();
   for (int64_t b = 0; b < images; ++b) {
-    backward_image(grad, labels, b, g, slots[b], eps, float_kind(dtype), out);
+    const Slots slots(read_classes(kBackward, classes, b));
+    backward_image(grad, labels, b, g, slots, eps, float_kind(dtype), out);
   }
   return gradient;
 }

@@ -13,9 +13,12 @@ namespace cisc::masked_average_pool {
 constexpr int64_t kBlock = 64;             // pixels, or channels-last channels, of one inner loop
 constexpr int64_t kMaxClasses = 65536;     // columns of `classes`
 constexpr int64_t kMaxCells = 1 << 22;     // class x pixel weights held at once
-constexpr int64_t kMaxSums = 1 << 20;      // class x channel sums held at once
+constexpr int64_t kMaxSums = 1 << 19;      // class x channel sums held at once
 constexpr int64_t kMaxLabels = 1LL << 30;  // pixels per image: sums of exact weights stay below 2^63
 constexpr int64_t kColumns = 1024;         // label columns whose taps are tabulated at once
+
+constexpr int64_t kPlanes = 4;               // channels that share one reading of the weights
+constexpr int64_t kPoolCrewBytes = 8 << 20;  // what threads hold, all together
 
 struct Plan {
   int64_t rows;      // feature rows of one piece
@@ -23,6 +26,7 @@ struct Plan {
   int64_t channels;  // channels summed at once
   int64_t blocks;    // of kBlock pixels, in one piece
   int64_t bytes;     // workspace shared by all threads
+  int64_t items;     // most that threads share, in any of the steps
 };
 
 // Features [C,h,w], `slots` <= kMaxClasses distinct classes.
@@ -40,7 +44,19 @@ inline Plan plan(int64_t channels, int64_t height, int64_t width, int64_t slots)
             + p.blocks * (slots + 1) * 4  // which classes a block holds
             + p.channels * slots * 8      // sums
             + slots * 32;                 // classes, counts, scales
+  p.items = std::max(p.rows, channels);
   return p;
+}
+
+// What a thread holds in the steps: its counts; sums of kPlanes channels; factors of a channel's gradient.
+inline int64_t counting_bytes(int64_t slots) { return 8 * slots; }
+inline int64_t pooling_bytes(int64_t slots) { return 8 * slots * kPlanes; }
+inline int64_t scattering_bytes(int64_t slots) { return 12 * slots; }
+
+// Of all threads, and what they share.
+inline int64_t workspace_bytes(const Plan& p, int64_t slots, int64_t threads) {
+  const int64_t each = pooling_bytes(std::max<int64_t>(slots, 1));  // the most
+  return p.bytes + crew_size(threads, p.items, each, kPoolCrewBytes) * each;
 }
 
 // With a class in every block at most; what labels leave out is not known before.
@@ -72,8 +88,6 @@ struct Packed {
   const int32_t* slot;    // [blocks, slots]
   const int32_t* filled;  // [blocks]
 };
-
-constexpr int64_t kPlanes = 4;  // channels that share one reading of the weights
 
 struct Kernels {
   // sums[slot, c] += features[image, first + c] . weights[slot] for the groups [begin, end) of kPlanes of

@@ -8,20 +8,6 @@
 namespace cisc::masked_average_pool {
 namespace {
 
-// f(offset of a run's first pixel from the piece's first, its number in the block, its length): the pixels
-// [first, first + n) of a piece, as far as they lie in one row
-template <typename Function>
-inline void each_run(const Piece& piece, int64_t stride_y, int64_t stride_x, int64_t first, int64_t n,
-                     Function&& f) {
-  const int64_t columns = piece.columns();
-  for (int64_t i = 0; i < n;) {
-    const int64_t y = (first + i) / columns, x = (first + i) % columns;
-    const int64_t run = columns - x < n - i ? columns - x : n - i;
-    f(y * stride_y + x * stride_x, i, run);
-    i += run;
-  }
-}
-
 // Pixels [first, first + n) of one channel as kBlock float32, 0 behind the last; in place where they lie so.
 inline const float* read_block(const Image<const void*>& features, int64_t plane, const Piece& piece,
                                int64_t first, int64_t n, float* buffer) {
@@ -32,8 +18,8 @@ inline const float* read_block(const Image<const void*>& features, int64_t plane
   if (dense) {
     read_row(features.kind, features.data, plane + first, 1, n, buffer);
   } else {
-    each_run(piece, features.stride_y, features.stride_x, first, n,
-             [&](int64_t from, int64_t at, int64_t run) {
+    each_run(piece.columns(), features.stride_y, features.stride_x, first, n,
+             [&](int64_t at, int64_t from, int64_t run) {
                read_row(features.kind, features.data, plane + from, features.stride_x, run, buffer + at);
              });
   }
@@ -96,8 +82,8 @@ inline void pool_pixels(const Image<const void*>& features, int64_t image, int64
         const int64_t entry = block * weights.slots + k;
         const float* weight = weights.weight + entry * kBlock;
         for (int64_t c = 0; c < kBlock; ++c) own[c] = 0.0f;
-        each_run(piece, features.stride_y, features.stride_x, block * kBlock, pixels,
-                 [&](int64_t from, int64_t at, int64_t run) {
+        each_run(piece.columns(), features.stride_y, features.stride_x, block * kBlock, pixels,
+                 [&](int64_t at, int64_t from, int64_t run) {
                    for (int64_t i = 0; i < run; ++i) {
                      if (weight[at + i] == 0.0f) continue;
                      read_row(features.kind, features.data, corner + from + i * features.stride_x, 1, n,
@@ -133,7 +119,7 @@ inline void scatter(const float* factor, const Packed& weights, int64_t width, F
     if (dense) {
       write_row(kind, values, 1, n, plane, offset + block * kBlock);
     } else {
-      each_run(piece, width, 1, block * kBlock, n, [&](int64_t to, int64_t at, int64_t run) {
+      each_run(piece.columns(), width, 1, block * kBlock, n, [&](int64_t at, int64_t to, int64_t run) {
         write_row(kind, values + at, 1, run, plane, offset + to);
       });
     }

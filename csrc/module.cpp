@@ -66,30 +66,30 @@ cisc::upsample::Grid grid_of(const Shape& maps, int64_t height, int64_t width, b
   return {maps[1], maps[2], maps[3], height, width, align_corners};
 }
 
-py::dict described(const py::dict& tile, int64_t floats, const cisc::Work& work) {
+py::dict described(const py::dict& tile, int64_t bytes, const cisc::Work& work) {
   py::dict out;
   out["tile"] = tile;
-  out["workspace_bytes"] = 4 * floats;
+  out["workspace_bytes"] = bytes;
   out["flops"] = work.flops;
   out["bytes"] = work.bytes;
   return out;
 }
 
-py::dict upsampling(const cisc::upsample::Plan& p, int64_t threads, int64_t other_floats,
-                    const cisc::Work& work) {
+// cells: what a thread counts
+py::dict upsampling(const cisc::upsample::Grid& grid, const cisc::upsample::Plan& p, int64_t threads,
+                    int64_t cells, const cisc::Work& work) {
   py::dict tile;
   tile["label_columns"] = p.columns;
   tile["label_rows"] = cisc::upsample::kChunk;
   tile["feature_rows"] = p.rows;
   tile["tasks"] = p.tasks;
-  return described(
-      tile, std::min(threads, p.images * p.tasks) * (p.thread_floats + other_floats) + p.carry_floats, work);
+  return described(tile, cisc::upsample::workspace_bytes(grid, p, threads, cells), work);
 }
 
 // One row per operator that has kernels here; `backward` is the gradient, made with the loss where there is
-// one.
+// one, `ohem` that hard pixels are searched for before.
 py::dict plan(const std::string& op, const Shapes& shapes, const std::string& dtype,
-              const std::string& device, bool backward, int64_t threads) {
+              const std::string& device, bool backward, int64_t threads, bool ohem) {
   if (device != "cpu")
     throw std::invalid_argument("plan: there are kernels for the CPU only, got device " + device);
   if (dtype != "float32" && dtype != "bfloat16" && dtype != "float16") {
@@ -106,22 +106,23 @@ py::dict plan(const std::string& op, const Shapes& shapes, const std::string& dt
     const auto map_grid = maps ? grid_of(shape_of(op, shapes, "similarity", 4), labels[1], labels[2], false)
                                : cisc::upsample::Grid{0, 1, 1, labels[1], labels[2], false};
     const auto p = ns::plan(grid, map_grid, logits[0], backward);
-    return upsampling(p, threads, 0,
-                      ns::work(grid, map_grid, p, logits[0], bytes, kLabelBytes, bytes, backward, 0));
+    return upsampling(
+        grid, p, threads, ohem ? ns::kHistogram : 0,
+        ns::work(grid, map_grid, p, logits[0], bytes, kLabelBytes, bytes, backward, ohem ? ns::kPasses : 0));
   }
   if (op == "map_consistency") {
     namespace ns = cisc::map_consistency;
     const Shape &maps = shape_of(op, shapes, "similarity", 4), &labels = shape_of(op, shapes, "labels", 3);
     const auto grid = grid_of(maps, labels[1], labels[2], false);
     const auto p = ns::plan(grid, maps[0], backward);
-    return upsampling(p, threads, 0, ns::work(grid, p, maps[0], bytes, kLabelBytes, backward));
+    return upsampling(grid, p, threads, 0, ns::work(grid, p, maps[0], bytes, kLabelBytes, backward));
   }
   if (op == "predict") {
     namespace ns = cisc::predict;
     const Shape &logits = shape_of(op, shapes, "logits", 4), &size = shape_of(op, shapes, "size", 2);
     const auto grid = grid_of(logits, size[0], size[1], true);
     const auto p = ns::plan(grid, logits[0]);
-    return upsampling(p, threads, ns::copies(grid.planes) * grid.planes * grid.planes * 2,
+    return upsampling(grid, p, threads, ns::copies(grid.planes) * grid.planes * grid.planes,
                       ns::work(grid, p, logits[0], bytes, kLabelBytes));
   }
   if (op == "prototype_similarity") {
@@ -134,8 +135,7 @@ py::dict plan(const std::string& op, const Shapes& shapes, const std::string& dt
     tile["pixels"] = p.tile;
     tile["task_pixels"] = p.pixels;
     tile["tasks"] = p.tasks;
-    const int64_t shared = prototypes[0] * prototypes[1] * (prototypes[2] + 2) + 2 * p.partials;
-    return described(tile, std::min(threads, p.images * p.tasks) * p.thread_floats + shared,
+    return described(tile, ns::workspace_bytes(p, query[1], prototypes[1], threads),
                      ns::work(query[0], query[1], pixels, prototypes[1], bytes, bytes, backward));
   }
   if (op == "masked_average_pool") {
@@ -148,7 +148,7 @@ py::dict plan(const std::string& op, const Shapes& shapes, const std::string& dt
     tile["feature_rows"] = p.rows;
     tile["feature_columns"] = p.columns;
     tile["channels"] = p.channels;
-    return described(tile, p.bytes / 4,
+    return described(tile, ns::workspace_bytes(p, slots, threads),
                      ns::work(p, features[0], features[1], features[2], features[3], labels[1] * labels[2],
                               slots, bytes, kLabelBytes, backward));
   }
@@ -162,6 +162,7 @@ PYBIND11_MODULE(_build, m) {
   m.def("info", &info, "Compilers, flags, instruction sets, CUDA chips, and what was left out and why.");
   m.def("plan", &plan, py::arg("op"), py::arg("shapes"), py::arg("dtype") = "float32",
         py::arg("device") = "cpu", py::arg("backward") = false, py::arg("threads") = 1,
+        py::arg("ohem") = false,
         "What the launcher of an operator does with arguments of these shapes (name: sizes): tile, workspace "
         "in "
         "bytes, FLOPs, bytes moved; with uint8 labels. ValueError for what has no kernel.");

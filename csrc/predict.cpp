@@ -61,25 +61,13 @@ std::tuple<Tensor, Tensor> forward(const Tensor& logits, int64_t height, int64_t
   if (labels.has_value()) problem.labels = read_labels(*labels);
   const Kernel kernel = CISC_PICK(kPortable, kAvx2, kAvx512, kAvx512Bf16);
   const int64_t cells = labels.has_value() ? planes * planes : 0;
+  std::vector<Sums> sums(static_cast<size_t>(batch * p.tasks));
+  const std::vector<int64_t> counted =
+      upsample::run_tasks(p, table.grid, batch, nullptr, copies(planes) * cells,
+                          [&](const upsample::Task& task, int64_t i) { kernel(problem, task, &sums[i]); });
   auto* counts = static_cast<int64_t*>(confusion.mutable_data_ptr());
-  bool invalid = false;
-  struct Own {
-    std::vector<int64_t> confusion;
-    bool invalid;
-  };
-  upsample::run_tasks(
-      p, table.grid, batch, nullptr,
-      [&](const upsample::Task& task, int64_t, Own& own) {
-        Sums sums{own.confusion.data()};
-        kernel(problem, task, &sums);
-        own.invalid |= sums.invalid;
-      },
-      [&] { return Own{std::vector<int64_t>(static_cast<size_t>(copies(planes) * cells), 0), false}; },
-      [&](const Own& own) {  // whole numbers: their sum has no order
-        invalid |= own.invalid;
-        for (int64_t i = 0; i < copies(planes) * cells; ++i)
-          counts[i % cells] += own.confusion[static_cast<size_t>(i)];
-      });
+  for (size_t i = 0; i < counted.size(); ++i) counts[static_cast<int64_t>(i) % cells] += counted[i];
+  const bool invalid = std::any_of(sums.begin(), sums.end(), [](const Sums& one) { return one.invalid; });
   if (invalid) fail_labels(kName, *labels, planes, ignore_index);
   return {classes, confusion};
 }

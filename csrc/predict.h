@@ -23,10 +23,9 @@ struct Problem {
   uint8_t* classes;  // [B,H,W]
 };
 
-// What a task adds up.
+// What a task finds; its thread counts in [copies, K, K].
 struct Sums {
-  int64_t* confusion = nullptr;  // [copies, K, K] of the thread
-  bool invalid = false;          // a label is neither a class nor ignored
+  bool invalid = false;  // a label is neither a class nor ignored
 };
 
 using Kernel = void (*)(const Problem&, const upsample::Task&, Sums*);

@@ -52,7 +52,7 @@ class Body {
       if (!p_.has_labels) continue;
       const int32_t* code = code_ + row * columns_;
       for (int64_t i = 0; i < n; ++i) {
-        if (code[i] >= 0) ++sums_->confusion[((i & mask) * planes + code[i]) * planes + best[i]];
+        if (code[i] >= 0) ++task_.counts[((i & mask) * planes + code[i]) * planes + best[i]];
       }
     }
   }

@@ -5,7 +5,9 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <cmath>
+#include <limits>
 #include <tuple>
 
 #include "isa.h"
@@ -32,19 +34,21 @@ void check_arguments(const char* op, const Tensor& query, const Tensor& prototyp
   check_size(op, "prototypes", prototypes, 2, query.size(1), "[B,S,C]");
 }
 
-// Unit vectors, and 1 / norm, 0 for both where the norm is below eps.
+// Unit vectors of some images' prototypes, and 1 / norm, 0 for both where the norm is below eps.
 struct Units {
-  std::vector<float> unit;      // [B,S,C]
-  std::vector<double> inverse;  // [B,S]
+  std::vector<float> unit;      // [images,S,C]
+  std::vector<double> inverse;  // [images,S]
 };
 
-Units unit_vectors(const Tensor& prototypes, double eps) {
-  const int64_t batch = prototypes.size(0), slots = prototypes.size(1), channels = prototypes.size(2);
+// For the images [first, first + count).
+Units unit_vectors(const Tensor& prototypes, int64_t first, int64_t count, double eps) {
+  const int64_t slots = prototypes.size(1), channels = prototypes.size(2);
   Units u;
-  u.unit.resize(static_cast<size_t>(batch * slots * channels));
-  for (int64_t i = 0; i < batch * slots; ++i) {
+  u.unit.resize(static_cast<size_t>(count * slots * channels));
+  u.inverse.reserve(static_cast<size_t>(count * slots));
+  for (int64_t i = 0; i < count * slots; ++i) {
     float* row = u.unit.data() + i * channels;
-    const int64_t offset = i / slots * prototypes.stride(0) + i % slots * prototypes.stride(1);
+    const int64_t offset = (first + i / slots) * prototypes.stride(0) + i % slots * prototypes.stride(1);
     read_row(float_kind(prototypes.scalar_type()), prototypes.const_data_ptr(), offset, prototypes.stride(2),
              channels, row);
     double square = 0.0;
@@ -57,28 +61,31 @@ Units unit_vectors(const Tensor& prototypes, double eps) {
   return u;
 }
 
-Problem problem_of(const Tensor& query, const Units& units, int64_t slots, double eps) {
+Problem problem_of(const Tensor& query, int64_t slots, double eps) {
   Problem p{};
   p.channels = query.size(1);
   p.width = query.size(3);
   p.pixels = query.size(2) * query.size(3);
   p.slots = slots;
   p.query = read_image(query);
-  p.units = units.unit.data();
-  p.eps = static_cast<float>(eps);
+  // The root of a sum of squares is 0 or far above that: with it, 0 is below any eps.
+  p.eps = std::max(static_cast<float>(eps), std::numeric_limits<float>::min());
   return p;
 }
 
 // f(task) for all tasks of the images [first, first + count), in parallel
 template <typename Function>
-void run_tasks(const Problem& p, const Plan& plan, int64_t first, int64_t count, double* partials,
-               const Function& f) {
-  parallel_for(0, count * plan.tasks, 1, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<float[]> workspace(new float[plan.thread_floats]);
+void run_tasks(const Problem& p, const Plan& plan, const Units& units, int64_t first, int64_t count,
+               double* partials, const Function& f) {
+  const int64_t cells = p.slots * p.channels;
+  const Crew crew(count * plan.tasks, 4 * plan.thread_floats);
+  const auto workspaces = crew.each<float>(plan.thread_floats);
+  crew.run([&](int64_t thread, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t from = i % plan.tasks * plan.pixels;
-      f(Task{first + i / plan.tasks, from, std::min(from + plan.pixels, p.pixels), plan.tile, workspace.get(),
-             partials != nullptr ? partials + i * p.slots * p.channels : nullptr});
+      const int64_t image = i / plan.tasks, from = i % plan.tasks * plan.pixels;
+      f(Task{first + image, from, std::min(from + plan.pixels, p.pixels), plan.tile,
+             units.unit.data() + image * cells, workspaces[thread],
+             partials != nullptr ? partials + i * cells : nullptr});
     }
   });
 }
@@ -91,14 +98,19 @@ Tensor forward_op(const Tensor& query, const Tensor& prototypes, double eps) {
   check_arguments(kForward, query, prototypes);
   const int64_t batch = query.size(0), slots = prototypes.size(1);
   const std::array<int64_t, 4> size{batch, slots, query.size(2), query.size(3)};
-  Tensor similarity = torch::stable::new_zeros(query, {size.data(), size.size()}, ScalarType::Float);
-  if (similarity.numel() == 0 || query.numel() == 0) return similarity;
-  const Units units = unit_vectors(prototypes, eps);
-  Problem p = problem_of(query, units, slots, eps);
+  const torch::headeronly::IntHeaderOnlyArrayRef shape(size.data(), size.size());
+  if (query.numel() == 0) return torch::stable::new_zeros(query, shape, ScalarType::Float);
+  Tensor similarity = torch::stable::new_empty(query, shape, ScalarType::Float);
+  if (similarity.numel() == 0) return similarity;
+  Problem p = problem_of(query, slots, eps);
   p.similarity = static_cast<float*>(similarity.mutable_data_ptr());
   const Kernels& kernels = CISC_PICK(kPortable, kAvx2, kAvx512, kAvx512Bf16);
-  run_tasks(p, plan(batch, p.channels, p.pixels, slots, false), 0, batch, nullptr,
-            [&](const Task& task) { kernels.forward(p, task); });
+  const Plan plan_ = plan(batch, p.channels, p.pixels, slots, false);
+  for (int64_t first = 0; first < batch; first += plan_.images) {
+    const int64_t count = std::min(plan_.images, batch - first);
+    const Units units = unit_vectors(prototypes, first, count, eps);
+    run_tasks(p, plan_, units, first, count, nullptr, [&](const Task& task) { kernels.forward(p, task); });
+  }
   return similarity;
 }
 
@@ -117,36 +129,35 @@ std::tuple<Tensor, Tensor> backward_op(const Tensor& grad, const Tensor& query, 
   for (int64_t d = 0; d < 4; ++d) check_size(kBackward, "grad", grad, d, size[d], "[B,S,h,w]");
   Tensor grad_query = torch::stable::empty_like(query),
          grad_prototypes = torch::stable::empty_like(prototypes);
-  const Units units = unit_vectors(prototypes, eps);
-  Problem p = problem_of(query, units, slots, eps);
+  Problem p = problem_of(query, slots, eps);
   p.grad = static_cast<const float*>(grad.const_data_ptr());
   for (int64_t d = 0; d < 4; ++d) p.grad_stride[d] = grad.stride(d);
   p.grad_query = write_image(grad_query);
   const Kernels& kernels = CISC_PICK(kPortable, kAvx2, kAvx512, kAvx512Bf16);
   const Plan plan_ = plan(batch, channels, p.pixels, slots, true);
   const int64_t cells = slots * channels;
-  std::vector<double> partials(static_cast<size_t>(plan_.partials)), total(static_cast<size_t>(cells));
+  std::vector<double> partials(static_cast<size_t>(plan_.partials));
   std::vector<float> row(static_cast<size_t>(channels));
   const Float kind = float_kind(prototypes.scalar_type());
   for (int64_t first = 0; first < batch; first += plan_.images) {
     const int64_t count = std::min(plan_.images, batch - first);
-    run_tasks(p, plan_, first, count, partials.data(), [&](const Task& task) { kernels.backward(p, task); });
-    for (int64_t b = first; b < first + count; ++b) {
-      std::fill(total.begin(), total.end(), 0.0);
-      for (int64_t task = 0; task < plan_.tasks; ++task) {
-        const double* from = partials.data() + ((b - first) * plan_.tasks + task) * cells;
-        for (int64_t i = 0; i < cells; ++i) total[i] += from[i];
+    const Units units = unit_vectors(prototypes, first, count, eps);
+    run_tasks(p, plan_, units, first, count, partials.data(),
+              [&](const Task& task) { kernels.backward(p, task); });
+    for (int64_t i = 0; i < count; ++i) {
+      double* sums = partials.data() + i * plan_.tasks * cells;  // of the first task, then of all
+      for (int64_t task = 1; task < plan_.tasks; ++task) {
+        for (int64_t cell = 0; cell < cells; ++cell) sums[cell] += sums[task * cells + cell];
       }
-      for (int64_t s = 0; s < slots; ++s) {
-        const float* unit = units.unit.data() + (b * slots + s) * channels;
-        const double* sums = total.data() + s * channels;
+      for (int64_t s = 0; s < slots; ++s, sums += channels) {
+        const float* unit = units.unit.data() + (i * slots + s) * channels;
+        const double inverse = units.inverse[static_cast<size_t>(i * slots + s)];
         double along = 0.0;
         for (int64_t c = 0; c < channels; ++c) along += sums[c] * unit[c];
-        const double inverse = units.inverse[static_cast<size_t>(b * slots + s)];
         for (int64_t c = 0; c < channels; ++c)
           row[c] = static_cast<float>((sums[c] - along * unit[c]) * inverse);
         write_row(kind, row.data(), grad_prototypes.stride(2), channels, grad_prototypes.mutable_data_ptr(),
-                  b * grad_prototypes.stride(0) + s * grad_prototypes.stride(1));
+                  (first + i) * grad_prototypes.stride(0) + s * grad_prototypes.stride(1));
       }
     }
   }

@@ -8,20 +8,6 @@
 namespace cisc::prototype_similarity {
 namespace {
 
-// f(first pixel of a run within the task, its offset in the image, its length): rows of an image, or one run
-// where they follow each other.
-template <typename Function>
-inline void each_run(const Problem& p, int64_t stride_y, int64_t stride_x, int64_t first, int64_t n,
-                     Function&& f) {
-  if (stride_y == p.width * stride_x) return f(int64_t{0}, first * stride_x, n);
-  for (int64_t i = 0; i < n;) {
-    const int64_t y = (first + i) / p.width, x = (first + i) % p.width;
-    const int64_t run = p.width - x < n - i ? p.width - x : n - i;
-    f(i, y * stride_y + x * stride_x, run);
-    i += run;
-  }
-}
-
 // Channels [c, c + count) of the tile's pixels as float32: rows of `stride` floats, 0 behind the last pixel.
 // In place where they lie so.
 struct Rows {
@@ -38,7 +24,7 @@ inline Rows read_channels(const Problem& p, const Task& task, int64_t first, int
   }
   for (int64_t i = 0; i < count; ++i) {
     float* row = buffer + i * task.tile;
-    each_run(p, q.stride_y, q.stride_x, first, n, [&](int64_t at, int64_t from, int64_t run) {
+    each_run(p.width, q.stride_y, q.stride_x, first, n, [&](int64_t at, int64_t from, int64_t run) {
       read_row(q.kind, q.data, offset + i * q.stride_c + from, q.stride_x, run, row + at);
     });
     for (int64_t at = n; at % kLanes != 0; ++at) row[at] = 0.0f;
@@ -49,12 +35,18 @@ inline Rows read_channels(const Problem& p, const Task& task, int64_t first, int
 // Whether the channels of a pixel lie side by side: then a pixel is read as a vector, else a channel.
 inline bool channels_first(const Problem& p) { return p.query.stride_c != 1 || p.channels < kLanes; }
 
+template <auto kValue>
+struct Constant {
+  static constexpr auto value = kValue;
+};
+
 struct Tile {
   float* inverse;  // [tile], 1 / norm, 0 where the norm is below eps
   float* cosine;   // [S, tile]
-  float* part;     // [S + 1, tile], what rounding has cost the sums
+  float* part;     // [max(S + 1, kGroup), tile], what rounding has cost the sums; channels of a gradient
   float* back;     // [S, tile]
-  float* rows;     // what is left
+  float* rows;     // [kChannels, tile], or [2, C]
+  float* packed;   // [kChannels, tile] for many classes
 };
 
 inline Tile layout(const Problem& p, const Task& task) {
@@ -62,8 +54,9 @@ inline Tile layout(const Problem& p, const Task& task) {
   t.inverse = task.workspace;
   t.cosine = t.inverse + task.tile;
   t.part = t.cosine + p.slots * task.tile;
-  t.back = t.part + (p.slots + 1) * task.tile;
-  t.rows = t.back + p.slots * task.tile;
+  t.back = t.part + (p.slots + 1 > kGroup ? p.slots + 1 : kGroup) * task.tile;
+  t.packed = t.back + p.slots * task.tile;
+  t.rows = t.packed + (p.slots < kMany ? 0 : (p.channels < kChannels ? p.channels : kChannels) * task.tile);
   return t;
 }
 
@@ -75,7 +68,7 @@ inline F inverse_norm(F square, float eps) {
 // Add to `total` the sum over four channels, or fewer, of row[j] * scale[j]; `lost` is what rounding has cost
 // so far.
 template <int kCount, typename Scale>
-inline void add_products(const float* const* row, int64_t n, const Scale& scale, float* total, float* lost) {
+inline void add_rows(const float* const* row, int64_t n, const Scale& scale, float* total, float* lost) {
   for (int64_t i = 0; i < n; i += kLanes) {
     const F first = load(row[0] + i);
     F sum = first * scale(0, first);
@@ -91,51 +84,116 @@ inline void add_products(const float* const* row, int64_t n, const Scale& scale,
 }
 
 template <typename Scale>
-inline void add_products(int64_t count, const float* const* row, int64_t n, const Scale& scale, float* total,
-                         float* lost) {
+inline void add_rows(int64_t count, const float* const* row, int64_t n, const Scale& scale, float* total,
+                     float* lost) {
   switch (count) {
     case 1:
-      return add_products<1>(row, n, scale, total, lost);
+      return add_rows<1>(row, n, scale, total, lost);
     case 2:
-      return add_products<2>(row, n, scale, total, lost);
+      return add_rows<2>(row, n, scale, total, lost);
     case 3:
-      return add_products<3>(row, n, scale, total, lost);
+      return add_rows<3>(row, n, scale, total, lost);
     default:
-      return add_products<4>(row, n, scale, total, lost);
+      return add_rows<4>(row, n, scale, total, lost);
+  }
+}
+
+// Add to kSums rows of `value` the products of `count` channels of kLanes pixels with a unit vector each, the
+// first with the pixels themselves if kNorm. q: [count, kLanes]; units: [kSums, C], from the first of these
+// channels; value, and lost, which is what rounding has cost them: [kSums, tile]
+template <int kSums, bool kNorm>
+inline void add_packed(const float* q, int64_t count, const float* units, int64_t channels, float* value,
+                       float* lost, int64_t tile) {
+  constexpr int64_t kRough = 16;               // channels that are added without regard to rounding
+  constexpr int kChains = kSums == 4 ? 2 : 4;  // in so many chains
+  Total total[kSums];
+  for (int s = 0; s < kSums; ++s) total[s] = {load(value + s * tile), load(lost + s * tile)};
+  for (int64_t begin = 0; begin < count; begin += kRough) {
+    const int64_t end = count - begin < kRough ? count : begin + kRough;
+    F chain[kChains][kSums] = {};
+    const auto add = [&](int64_t c, F(&to)[kSums]) {
+      const F pixels = load(q + c * kLanes);
+      for (int s = 0; s < kSums; ++s) {
+        to[s] = fma(pixels, kNorm && s == 0 ? pixels : broadcast(units[s * channels + c]), to[s]);
+      }
+    };
+    int64_t c = begin;
+    for (; c + kChains <= end; c += kChains) {
+      for (int i = 0; i < kChains; ++i) add(c + i, chain[i]);
+    }
+    for (; c < end; ++c) add(c, chain[0]);
+    for (int s = 0; s < kSums; ++s) {
+      F all = chain[0][s] + chain[1][s];
+      if constexpr (kChains == 4) all += chain[2][s] + chain[3][s];
+      total[s].add(all);
+    }
+  }
+  for (int s = 0; s < kSums; ++s) {
+    store(value + s * tile, total[s].value);
+    store(lost + s * tile, total[s].lost);
+  }
+}
+
+// Channels [c0, c0 + count) of n pixels for the norms and few unit vectors: four rows at a time, while they
+// are in the first cache.
+inline void add_few(const Problem& p, const Task& task, int64_t n, int64_t c0, int64_t count,
+                    const Rows& rows, const Tile& t) {
+  const int64_t tile = task.tile;
+  for (int64_t c = 0; c < count; c += kGroup) {
+    const int64_t group = count - c < kGroup ? count - c : kGroup;
+    const float* row[kGroup];
+    for (int64_t j = 0; j < kGroup; ++j) row[j] = rows.data + (c + (j < group ? j : 0)) * rows.stride;
+    add_rows(group, row, n, [](int, F value) { return value; }, t.inverse, t.part);
+    for (int64_t s = 0; s < p.slots; ++s) {
+      F unit[kGroup];
+      for (int64_t j = 0; j < group; ++j) unit[j] = broadcast(task.units[s * p.channels + c0 + c + j]);
+      add_rows(
+          group, row, n, [&](int j, F) { return unit[j]; }, t.cosine + s * tile, t.part + (s + 1) * tile);
+    }
+  }
+}
+
+// The same for many unit vectors: channels of kLanes pixels are brought side by side, read once from rows.
+inline void add_many(const Problem& p, const Task& task, int64_t n, int64_t c0, int64_t count,
+                     const Rows& rows, const Tile& t) {
+  const int64_t tile = task.tile;
+  for (int64_t c = 0; c < count; ++c) {
+    for (int64_t i = 0; i < n; i += kLanes) {
+      store(t.packed + i * count + c * kLanes, load(rows.data + c * rows.stride + i));
+    }
+  }
+  const float* units = task.units + c0 - p.channels;  // of the first sum, which has none
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const float* q = t.packed + i * count;
+    const auto add = [&](auto number, auto norm, int64_t s) {
+      add_packed<decltype(number)::value, decltype(norm)::value>(q, count, units + s * p.channels, p.channels,
+                                                                 t.inverse + s * tile + i,
+                                                                 t.part + s * tile + i, tile);
+    };
+    add(Constant<4>{}, Constant<true>{}, 0);
+    int64_t s = 4;
+    for (; s + 3 <= p.slots; s += 4) add(Constant<4>{}, Constant<false>{}, s);
+    for (; s <= p.slots; ++s) add(Constant<1>{}, Constant<false>{}, s);
   }
 }
 
 // Fill t.inverse and t.cosine for n pixels, channel by channel.
 inline void cosines_of_rows(const Problem& p, const Task& task, int64_t first, int64_t n, const Tile& t) {
-  constexpr int64_t kGroup = 4;  // channels that share one reading of the sums
-  const float* units = p.units + task.image * p.slots * p.channels;
-  const int64_t padded = (n + kLanes - 1) / kLanes * kLanes;
-  for (int64_t i = 0; i < task.tile; i += kLanes) store(t.inverse + i, F{});
-  for (int64_t i = 0; i < p.slots * task.tile; i += kLanes) store(t.cosine + i, F{});
-  for (int64_t i = 0; i < (p.slots + 1) * task.tile; i += kLanes) store(t.part + i, F{});
+  const int64_t tile = task.tile, padded = (n + kLanes - 1) / kLanes * kLanes;
+  for (int64_t i = 0; i < (1 + p.slots) * tile; i += kLanes) {
+    store(t.inverse + i, F{});  // and t.cosine behind it
+    store(t.part + i, F{});
+  }
   for (int64_t c0 = 0; c0 < p.channels; c0 += kChannels) {
     const int64_t count = p.channels - c0 < kChannels ? p.channels - c0 : kChannels;
     const Rows rows = read_channels(p, task, first, n, c0, count, t.rows);
-    for (int64_t c = 0; c < count; c += kGroup) {
-      const int64_t group = count - c < kGroup ? count - c : kGroup;
-      const float* row[kGroup];
-      for (int64_t j = 0; j < kGroup; ++j) row[j] = rows.data + (c + (j < group ? j : 0)) * rows.stride;
-      add_products(
-          group, row, padded, [](int, F value) { return value; }, t.inverse, t.part + p.slots * task.tile);
-      for (int64_t s = 0; s < p.slots; ++s) {
-        F unit[kGroup];
-        for (int64_t j = 0; j < group; ++j) unit[j] = broadcast(units[s * p.channels + c0 + c + j]);
-        add_products(
-            group, row, padded, [&](int j, F) { return unit[j]; }, t.cosine + s * task.tile,
-            t.part + s * task.tile);
-      }
-    }
+    (p.slots < kMany ? add_few : add_many)(p, task, padded, c0, count, rows, t);
   }
   for (int64_t i = 0; i < padded; i += kLanes) {
     const F inverse = inverse_norm(load(t.inverse + i), p.eps);
     store(t.inverse + i, inverse);
     for (int64_t s = 0; s < p.slots; ++s) {
-      float* cosine = t.cosine + s * task.tile + i;
+      float* cosine = t.cosine + s * tile + i;
       store(cosine, load(cosine) * inverse);
     }
   }
@@ -164,7 +222,7 @@ inline float dot(const float* a, const float* b, int64_t n) {
 
 // The same pixel by pixel.
 inline void cosines_of_pixels(const Problem& p, const Task& task, int64_t first, int64_t n, const Tile& t) {
-  const float* units = p.units + task.image * p.slots * p.channels;
+  const float* units = task.units;
   for (int64_t i = 0; i < n; ++i) {
     const float* q = read_pixel(p, task, first + i, t.rows);
     const float inverse = inverse_norm(broadcast(dot(q, q, p.channels)), p.eps)[0];
@@ -197,9 +255,11 @@ inline void forward(const Problem& p, const Task& task) {
 inline void prepare_back(const Problem& p, const Task& task, int64_t first, int64_t n, const Tile& t) {
   for (int64_t s = 0; s < p.slots; ++s) {
     const float* grad = p.grad + task.image * p.grad_stride[0] + s * p.grad_stride[1];
-    each_run(p, p.grad_stride[2], p.grad_stride[3], first, n, [&](int64_t at, int64_t from, int64_t run) {
-      for (int64_t i = 0; i < run; ++i) t.back[s * task.tile + at + i] = grad[from + i * p.grad_stride[3]];
-    });
+    each_run(p.width, p.grad_stride[2], p.grad_stride[3], first, n,
+             [&](int64_t at, int64_t from, int64_t run) {
+               for (int64_t i = 0; i < run; ++i)
+                 t.back[s * task.tile + at + i] = grad[from + i * p.grad_stride[3]];
+             });
     for (int64_t at = n; at % kLanes != 0; ++at) t.back[s * task.tile + at] = 0.0f;
   }
   for (int64_t i = 0; i < n; i += kLanes) {
@@ -214,33 +274,67 @@ inline void prepare_back(const Problem& p, const Task& task, int64_t first, int6
   }
 }
 
-inline void backward_rows(const Problem& p, const Task& task, int64_t first, int64_t n, const Tile& t) {
-  const float* units = p.units + task.image * p.slots * p.channels;
-  const auto& out = p.grad_query;
-  const int64_t padded = (n + kLanes - 1) / kLanes * kLanes;
-  for (int64_t c = 0; c < p.channels; ++c) {
-    const float* q = read_channels(p, task, first, n, c, 1, t.rows).data;
-    float* result = t.part;
-    for (int64_t i = 0; i < padded; i += kLanes) store(result + i, -load(q + i) * load(t.inverse + i));
-    for (int64_t s = 0; s < p.slots; ++s) {
-      const F unit = broadcast(units[s * p.channels + c]);
-      const float* back = t.back + s * task.tile;
-      F sums{};
-      for (int64_t i = 0; i < padded; i += kLanes) {
-        store(result + i, fma(load(back + i), unit, load(result + i)));
-        sums = fma(load(back + i), load(q + i), sums);
-      }
-      task.grad_units[s * p.channels + c] += static_cast<double>(sum(sums));
+// Add to to[j * channels + i] the sum over n pixels of back[j] * row[i]: kSlots unit prototypes, kGroup
+// channels.
+template <int kSlots>
+inline void add_units(const float* back, int64_t tile, const float* const* row, int64_t n, int64_t group,
+                      double* to, int64_t channels) {
+  F sums[kSlots][kGroup] = {};
+  for (int64_t i = 0; i < n; i += kLanes) {
+    F q[kGroup];
+    for (int64_t j = 0; j < kGroup; ++j) q[j] = load(row[j] + i);
+    for (int s = 0; s < kSlots; ++s) {
+      const F g = load(back + s * tile + i);
+      for (int64_t j = 0; j < kGroup; ++j) sums[s][j] = fma(g, q[j], sums[s][j]);
     }
-    const int64_t offset = task.image * out.stride_b + c * out.stride_c;
-    each_run(p, out.stride_y, out.stride_x, first, n, [&](int64_t at, int64_t to, int64_t run) {
-      write_row(out.kind, result + at, out.stride_x, run, out.data, offset + to);
-    });
+  }
+  for (int s = 0; s < kSlots; ++s) {
+    for (int64_t j = 0; j < group; ++j) to[s * channels + j] += static_cast<double>(sum(sums[s][j]));
+  }
+}
+
+inline void backward_rows(const Problem& p, const Task& task, int64_t first, int64_t n, const Tile& t) {
+  constexpr int kSlots = kLanes == 16 ? 4 : 2;  // what registers hold
+  const auto& out = p.grad_query;
+  const int64_t tile = task.tile, padded = (n + kLanes - 1) / kLanes * kLanes;
+  for (int64_t c = 0; c < p.channels; c += kGroup) {
+    const int64_t group = p.channels - c < kGroup ? p.channels - c : kGroup;
+    const Rows rows = read_channels(p, task, first, n, c, group, t.rows);
+    const float *row[kGroup], *units[kGroup];
+    for (int64_t j = 0; j < kGroup; ++j) {
+      row[j] = rows.data + (j < group ? j : 0) * rows.stride;
+      units[j] = task.units + c + (j < group ? j : 0);
+    }
+    float* result = t.part;  // [kGroup, tile]
+    for (int64_t i = 0; i < padded; i += kLanes) {
+      const F along = load(t.inverse + i);
+      F g[kGroup];
+      for (int64_t j = 0; j < kGroup; ++j) g[j] = -load(row[j] + i) * along;
+      for (int64_t s = 0; s < p.slots; ++s) {
+        const F back = load(t.back + s * tile + i);
+        for (int64_t j = 0; j < kGroup; ++j) g[j] = fma(back, broadcast(units[j][s * p.channels]), g[j]);
+      }
+      for (int64_t j = 0; j < kGroup; ++j) store(result + j * tile + i, g[j]);
+    }
+    double* to = task.grad_units + c;
+    int64_t s = 0;
+    for (; s + kSlots <= p.slots; s += kSlots) {
+      add_units<kSlots>(t.back + s * tile, tile, row, padded, group, to + s * p.channels, p.channels);
+    }
+    for (; s < p.slots; ++s) {
+      add_units<1>(t.back + s * tile, tile, row, padded, group, to + s * p.channels, p.channels);
+    }
+    for (int64_t j = 0; j < group; ++j) {
+      const int64_t offset = task.image * out.stride_b + (c + j) * out.stride_c;
+      each_run(p.width, out.stride_y, out.stride_x, first, n, [&](int64_t at, int64_t to_pixel, int64_t run) {
+        write_row(out.kind, result + j * tile + at, out.stride_x, run, out.data, offset + to_pixel);
+      });
+    }
   }
 }
 
 inline void backward_pixels(const Problem& p, const Task& task, int64_t first, int64_t n, const Tile& t) {
-  const float* units = p.units + task.image * p.slots * p.channels;
+  const float* units = task.units;
   const auto& out = p.grad_query;
   float* result = t.rows + p.channels;
   for (int64_t i = 0; i < n; ++i) {

@@ -34,7 +34,7 @@ void check_arguments(const char* op, const Tensor& logits, const Tensor& labels,
   check_labels(op, labels);
   check_size(op, "labels", labels, 0, logits.size(0), "[B,H,W]");
   check(logits.size(1) > 0, op, "logits must have at least one class");
-  check(logits.size(1) < INT32_MAX / upsample::kStep, op, "logits have too many classes, ", logits.size(1));
+  check(logits.size(1) < INT32_MAX / kStep, op, "logits have too many classes, ", logits.size(1));
   check(similarity.has_value() || !classes.has_value(), op, "classes needs similarity");
   if (similarity.has_value()) {
     check_rank(op, "similarity", *similarity, 4, "[B,S,h',w']");
@@ -91,13 +91,11 @@ class Solver {
     problem.ohem = true;
     problem.limit = static_cast<float>(threshold);
     if (min_kept == 0) return;
-    std::vector<int64_t> histogram(kHistogram);
-    Count count{-1, histogram.data()};
+    Count count{-1};
     int64_t rank = min_kept, pixels = 0;
     uint32_t bits = 0;
-    for (int pass = 0; pass < 2; ++pass) {
-      std::fill(histogram.begin(), histogram.end(), 0);
-      fill(count);
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const std::vector<int64_t> histogram = counted(count);
       if (pass == 0) {
         for (const int64_t n : histogram) pixels += n;
         if (pixels < min_kept) {
@@ -119,7 +117,7 @@ class Solver {
   Sums run(float* grad) const {
     std::vector<Sums> sums(static_cast<size_t>(batch_ * problem.plan.tasks));
     const auto kernel = grad != nullptr ? kernels_.gradient : kernels_.loss;
-    upsample::run_tasks(problem.plan, problem.grid, batch_, grad,
+    upsample::run_tasks(problem.plan, problem.grid, batch_, grad, 0,
                         [&](const upsample::Task& task, int64_t i) { kernel(problem, task, &sums[i]); });
     return added(sums);
   }
@@ -136,18 +134,13 @@ class Solver {
     return all;
   }
 
-  void fill(const Count& count) const {
+  std::vector<int64_t> counted(const Count& count) const {
     std::vector<Sums> sums(static_cast<size_t>(batch_ * problem.plan.tasks));
-    upsample::run_tasks(
-        problem.plan, problem.grid, batch_, nullptr,
-        [&](const upsample::Task& task, int64_t i, std::vector<int64_t>& own) {
-          kernels_.count(problem, task, {count.prefix, own.data()}, &sums[i]);
-        },
-        [] { return std::vector<int64_t>(kHistogram, 0); },
-        [&](const std::vector<int64_t>& own) {
-          for (int64_t bin = 0; bin < kHistogram; ++bin) count.histogram[bin] += own[bin];
-        });
+    std::vector<int64_t> histogram = upsample::run_tasks(
+        problem.plan, problem.grid, batch_, nullptr, kHistogram,
+        [&](const upsample::Task& task, int64_t i) { kernels_.count(problem, task, count, &sums[i]); });
     added(sums);
+    return histogram;
   }
 
   const char* op_;
@@ -175,7 +168,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& logits, const Tensor& labels, c
         "reduction must be 'mean', 'valid_mean', 'sum' or 'none', got '", reduction, "'");
   Tensor grad = gradient_like(logits, need_grad);
   Tensor loss =
-      each ? torch::stable::new_zeros(
+      each ? torch::stable::new_empty(
                  labels, {std::array<int64_t, 3>{labels.size(0), labels.size(1), labels.size(2)}.data(), 3},
                  ScalarType::Float)
            : scalar(logits, 0.0);

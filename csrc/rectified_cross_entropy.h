@@ -7,6 +7,7 @@
 namespace cisc::rectified_cross_entropy {
 
 constexpr int64_t kRowFloats = 2;        // per label pixel of a chunk: its code, and its weight
+constexpr int64_t kPasses = 2;           // of OHEM's search, before the loss
 constexpr int64_t kHistogram = 1 << 16;  // bins of one pass of OHEM's search: 16 bits of a probability
 
 struct Problem {
@@ -32,10 +33,9 @@ struct Sums {
   bool invalid = false;  // a label is neither a class nor ignored
 };
 
-// One of the two passes that find the k-th smallest probability by its bits.
+// One of the two passes that find the k-th smallest probability by its bits; a thread counts [kHistogram].
 struct Count {
-  int32_t prefix;      // upper 16 bits, or -1 in the first pass, which counts these
-  int64_t* histogram;  // [kHistogram]
+  int32_t prefix;  // upper 16 bits, or -1 in the first pass, which counts these
 };
 
 struct Kernels {
@@ -47,10 +47,9 @@ extern const Kernels kPortable, kAvx2, kAvx512, kAvx512Bf16;
 
 inline upsample::Plan plan(const upsample::Grid& grid, const upsample::Grid& maps, int64_t batch,
                            bool gradient) {
-  // The buffer of a map's row depends on the strip, and the strip hardly on it: taken for the widest strip.
-  const int64_t widest = (grid.width + upsample::kStep - 1) / upsample::kStep * upsample::kStep;
-  const int64_t other = maps.planes > 0 ? upsample::row_buffer(maps, widest) + widest : 0;
-  return upsample::plan(grid, batch, gradient, kRowFloats, other);
+  upsample::Plan p = upsample::plan(grid, batch, gradient, kRowFloats);
+  if (maps.planes > 0) p.thread_floats += upsample::row_buffer(maps, p.columns) + p.columns;
+  return p;
 }
 
 // `passes` over the pixels without a gradient come before the last (OHEM: two).

@@ -140,9 +140,9 @@ class Body {
     for (int i = 0; i < kLanes; ++i) {
       if (counted[i] == 0) continue;
       if (count_->prefix < 0) {
-        ++count_->histogram[bits[i] >> 16];
+        ++task_.counts[bits[i] >> 16];
       } else if (bits[i] >> 16 == count_->prefix) {
-        ++count_->histogram[bits[i] & 0xffff];
+        ++task_.counts[bits[i] & 0xffff];
       }
     }
   }

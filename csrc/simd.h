@@ -27,6 +27,7 @@ constexpr int kLanes =
 // Arithmetic operators work on both, lane by lane.
 typedef float F __attribute__((vector_size(4 * kLanes)));
 typedef int32_t I __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t U __attribute__((vector_size(4 * kLanes)));
 
 #if defined(__AVX512F__)
 typedef __mmask16 M;
@@ -169,7 +170,7 @@ struct Total {
 
   double sum() const {
     double all = 0.0;
-    for (int i = 0; i < kLanes; ++i) all += static_cast<double>(value[i]);
+    for (int i = 0; i < kLanes; ++i) all += static_cast<double>(value[i]) - static_cast<double>(lost[i]);
     return all;
   }
 };
@@ -207,7 +208,7 @@ inline F log(F a) {
   const M tiny = less(a, broadcast(1.17549435e-38f));
   const F scaled = select(tiny, a * 8388608.0f, a);
   // a = m 2^e with m in [sqrt(1/2), sqrt(2))
-  const I bits = (I)scaled - 0x3f3504f3;
+  const I bits = (I)((U)scaled - 0x3f3504f3u);
   const I e = bits >> 23;
   const F m = (F)((bits & 0x007fffff) + 0x3f3504f3);
   const F exponent = to_float(e) - select(tiny, broadcast(23.0f), F{});

@@ -6,17 +6,15 @@
 
 #include <array>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <vector>
 
 #include "checks.h"
+#include "crew.h"
 #include "labels.h"
 #include "upsample.h"
 
 namespace cisc {
-
-using torch::stable::parallel_for;
 
 inline Float float_kind(ScalarType dtype) {
   return dtype == ScalarType::Float ? Float::f32 : dtype == ScalarType::BFloat16 ? Float::bf16 : Float::f16;
@@ -100,35 +98,35 @@ inline void check_grid(const char* op, const upsample::Grid& grid) {
 
 namespace upsample {
 
-// f(task, its number, own) for every task of every image, in parallel; `own` is what start() gives a thread,
-// and finish(own) takes, one thread at a time. grad: [B,K,h,w] float32 of zeros, or null
-template <typename Function, typename Start, typename Finish>
-void run_tasks(const Plan& plan, const Grid& grid, int64_t batch, float* grad, const Function& f,
-               const Start& start, const Finish& finish) {
+// f(task, its number) for every task of every image, in parallel. grad: [B,K,h,w] float32 of zeros, or null.
+// A thread counts in [cells] of its own, zeros at first; returns their sums, which have no order.
+template <typename Function>
+std::vector<int64_t> run_tasks(const Plan& plan, const Grid& grid, int64_t batch, float* grad, int64_t cells,
+                               const Function& f) {
   const int64_t row = grid.planes * grid.w, image_floats = row * grid.h;
-  std::mutex finishing;
-  std::unique_ptr<float[]> carry(grad != nullptr ? new float[plan.carry_floats] : nullptr);
+  const Crew all(plan.images * plan.tasks, thread_bytes(plan, cells));
+  const auto workspaces = all.each<float>(plan.thread_floats);
+  const auto counts = all.zeros<int64_t>(cells);
+  const std::unique_ptr<float[]> carry(grad != nullptr ? new float[plan.carry_floats] : nullptr);
   for (int64_t first = 0; first < batch; first += plan.images) {
     const int64_t count = std::min(plan.images, batch - first) * plan.tasks;
-    parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-      const std::unique_ptr<float[]> workspace(new float[plan.thread_floats]);
-      auto own = start();
+    const Crew crew(count, thread_bytes(plan, cells));  // not larger than `all`
+    crew.run([&](int64_t thread, int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         Task task;
         task.image = first + i / plan.tasks;
         task.begin = i % plan.tasks * plan.rows;
         task.end = std::min(task.begin + plan.rows, grid.h);
-        task.workspace = workspace.get();
+        task.workspace = workspaces[thread];
+        task.counts = counts[thread];
         task.grad = grad != nullptr ? grad + task.image * image_floats : nullptr;
         task.carry = nullptr;
         if (grad != nullptr && task.end < grid.h) {
           task.carry = carry.get() + i * row;
           std::fill(task.carry, task.carry + row, 0.0f);
         }
-        f(task, first * plan.tasks + i, own);
+        f(task, first * plan.tasks + i);
       }
-      const std::lock_guard<std::mutex> lock(finishing);
-      finish(own);
     });
     if (grad == nullptr) continue;
     for (int64_t i = 0; i < count; ++i) {
@@ -141,14 +139,9 @@ void run_tasks(const Plan& plan, const Grid& grid, int64_t batch, float* grad, c
       }
     }
   }
-}
-
-// The same where threads keep nothing.
-template <typename Function>
-void run_tasks(const Plan& plan, const Grid& grid, int64_t batch, float* grad, const Function& f) {
-  run_tasks(
-      plan, grid, batch, grad, [&](const Task& task, int64_t i, int) { f(task, i); }, [] { return 0; },
-      [](int) {});
+  std::vector<int64_t> sums(static_cast<size_t>(cells), 0);
+  all.add_all(counts, cells, sums.data());
+  return sums;
 }
 
 }  // namespace upsample

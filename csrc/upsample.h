@@ -18,12 +18,10 @@
 
 namespace cisc::upsample {
 
-constexpr int64_t kChunk = 8;               // label rows between the same two feature rows, done together
-constexpr int64_t kStep = 16;               // columns are cut at multiples of it: lanes of the widest vector
-constexpr int64_t kStripFloats = 1 << 17;   // what the planes of a strip take, of one thread
-constexpr int64_t kTaskElements = 1 << 17;  // planes x label pixels that are worth a task
-constexpr int64_t kCarryFloats = 1 << 20;   // carries of the tasks that run side by side
-constexpr int64_t kMaxTasks = 256;          // of one image
+constexpr int64_t kChunk = 8;              // label rows between the same two feature rows, done together
+constexpr int64_t kStripFloats = 1 << 17;  // what the planes of a strip take, of one thread
+constexpr int64_t kCarryFloats = 1 << 20;  // carries of several images whose tasks run side by side
+constexpr int64_t kImageCarry = 1 << 22;   // carries of one image
 
 // Upsampling of [B,K,h,w] to H x W; the tables belong to `Tables`.
 struct Grid {
@@ -37,13 +35,15 @@ struct Grid {
 
 using Source = Image<const void*>;  // [B,K,h,w]
 
+inline int64_t padded(int64_t columns) { return (columns + kStep - 1) / kStep * kStep; }
+
 // Columns' taps of a grid.
 class Tables {
  public:
   Grid grid;
 
   explicit Tables(const Grid& shape) : grid(shape) {
-    const int64_t n = (grid.width + kStep - 1) / kStep * kStep;
+    const int64_t n = padded(grid.width);
     low_.resize(n, 0);
     high_.resize(n, 0);
     weight_low_.resize(n, 0.0f);
@@ -72,10 +72,13 @@ class Tables {
   std::vector<float> weight_low_, weight_high_;
 };
 
+inline int64_t table_bytes(const Grid& g) { return 16 * padded(g.width); }
+
 // What a task is given.
 struct Task {
   int64_t image, begin, end;  // feature rows [begin, end)
-  float* workspace;           // [Plan::thread_floats]
+  float* workspace;           // [Plan::thread_floats] of the thread
+  int64_t* counts;            // what the thread has counted so far
   float* grad;                // [K,h,w] of the image, or null
   float* carry;               // [K,w] for row `end`, or null where there is none
 };
@@ -95,10 +98,10 @@ inline int64_t span_of_columns(const Grid& g, int64_t columns) {
   return std::min(g.w, columns * g.w / std::max<int64_t>(g.width - (g.align_corners ? 1 : 0), 1) + 3);
 }
 
-// What the caller keeps besides: `row_floats` per label row and column of a strip, `other_floats` per thread.
-inline Plan plan(const Grid& g, int64_t batch, bool gradient, int64_t row_floats, int64_t other_floats = 0) {
+// The caller keeps `row_floats` per label row and column of a strip besides.
+inline Plan plan(const Grid& g, int64_t batch, bool gradient, int64_t row_floats) {
   Plan p;
-  const int64_t width = (std::max<int64_t>(g.width, 1) + kStep - 1) / kStep * kStep;
+  const int64_t width = padded(std::max<int64_t>(g.width, 1));
   // Floats per label column: accumulators of two rows, and two rows of features.
   const double per_column =
       static_cast<double>(g.planes) * (2.0 * gradient + 2.0 * std::min(1.0, double(g.w) / double(width))) +
@@ -107,9 +110,9 @@ inline Plan plan(const Grid& g, int64_t batch, bool gradient, int64_t row_floats
   p.columns = std::min(width, std::max(kStep, fitting / kStep * kStep));
   p.span = span_of_columns(g, p.columns);
   const int64_t work = g.planes * g.height * g.width;
-  const int64_t carry = g.planes * g.w;
-  p.tasks = std::min({g.h, kMaxTasks, std::max<int64_t>(work / kTaskElements, 1)});
-  if (gradient) p.tasks = std::min(p.tasks, std::max<int64_t>(kCarryFloats / carry, 1));
+  const int64_t carry = std::max<int64_t>(g.planes * g.w, 1);
+  p.tasks = std::min(g.h, tasks_of(work));
+  if (gradient) p.tasks = std::min(p.tasks, std::max<int64_t>(kImageCarry / carry, 1));
   p.rows = (g.h + p.tasks - 1) / p.tasks;
   p.tasks = (g.h + p.rows - 1) / p.rows;
   const int64_t floats = gradient && p.tasks > 1 ? p.tasks * carry : 0;
@@ -117,8 +120,18 @@ inline Plan plan(const Grid& g, int64_t batch, bool gradient, int64_t row_floats
   if (floats > 0) p.images = std::min(batch, std::max<int64_t>(kCarryFloats / floats, 1));
   p.carry_floats = p.images * floats;
   p.thread_floats = g.planes * (2 * (p.span + kStep) + 3 * kStep + (gradient ? 2 * p.columns : 0)) +
-                    kChunk * row_floats * p.columns + other_floats;
+                    kChunk * row_floats * p.columns;
   return p;
+}
+
+// Of a thread that counts in `cells`.
+inline int64_t thread_bytes(const Plan& p, int64_t cells) { return 4 * p.thread_floats + 8 * cells; }
+
+// Of all threads, and what they share.
+inline int64_t workspace_bytes(const Grid& g, const Plan& p, int64_t threads, int64_t cells) {
+  const int64_t each = thread_bytes(p, cells);
+  return crew_size(threads, p.images * p.tasks, each) * each + 4 * p.carry_floats + 8 * cells +
+         table_bytes(g);
 }
 
 // Of the walk itself: blending rows and columns, adding gradients back; reading the source and, with a

@@ -300,3 +300,67 @@ def test_strips_and_tasks_meet_without_a_seam() -> None:
     (loss, grad), (true_loss, true_grad) = results
     assert abs(loss - true_loss) <= 1e-6 * true_loss
     assert float((grad - true_grad).abs().max()) <= 2e-6 * float(true_grad.abs().max())
+
+
+LARGE: dict[str, list[dict[str, tuple[int, ...]]]] = {
+    "masked_average_pool": [
+        {"features": (1, channels, height, width), "labels": (1, 8, 8), "classes": (1, slots)}
+        for channels, height, width, slots in (
+            (256, 181, 181, 21),
+            (2048, 4096, 4096, 19),
+            (1, 1, 1 << 27, 1),
+            (4096, 7, 7, 65536),
+        )
+    ],
+    "prototype_similarity": [
+        {"query": (batch, channels, 256, 512), "prototypes": (batch, slots, channels)}
+        for batch, channels, slots in ((64, 2048, 150), (2, 256, 8192), (1, 2048, 1024))
+    ],
+    "map_consistency": [
+        {"similarity": (batch, maps, h, w), "labels": (batch, 4 * h, 4 * w)}
+        for batch, maps, h, w in ((64, 19, 256, 512), (1, 65536, 64, 64), (1, 1, 8, 1 << 18))
+    ],
+    "rectified_cross_entropy": [
+        {
+            "logits": (batch, classes, h, w),
+            "labels": (batch, 4 * h, 4 * w),
+            "similarity": (batch, 1, h, w),
+        }
+        for batch, classes, h, w in ((64, 19, 256, 512), (1, 21841, 64, 128), (2, 256, 8, 1 << 16))
+    ],
+    "predict": [
+        {"logits": (batch, classes, h, w), "size": (4 * h, 4 * w)}
+        for batch, classes, h, w in ((64, 19, 256, 512), (8, 256, 256, 512), (1, 64, 8, 1 << 18))
+    ],
+}
+
+
+@pytest.mark.parametrize("threads", [1, 8, 64, 256])
+@pytest.mark.parametrize(("operator", "implementation"), COMPILED)
+def test_plans_keep_to_the_bound(operator: Operator, implementation: Implementation, threads: int) -> None:
+    """However large the images, the batch, the classes, and however many the threads."""
+    from cisc_ext import _build
+
+    for shapes in LARGE[operator.name]:
+        for backward in (False, True):
+            for ohem in (False, True):
+                made = _build.plan(operator.name, shapes, backward=backward, threads=threads, ohem=ohem)
+                assert 0 < made["workspace_bytes"] <= operator.extra_bytes_cpu, (shapes, made)
+
+
+def test_rows_of_many_classes_are_shared_out() -> None:
+    """A row of all classes' logits is long, and yet there are tasks for more than one thread."""
+    from cisc_ext import _build
+
+    shapes = {"logits": (1, 1000, 128, 1024), "labels": (1, 512, 4096)}
+    assert _build.plan("rectified_cross_entropy", shapes, backward=True)["tile"]["tasks"] > 1
+
+
+def test_hard_pixels_are_in_the_plan() -> None:
+    from cisc_ext import _build
+
+    plain, hard = (
+        _build.plan("rectified_cross_entropy", SHAPES["rectified_cross_entropy"], threads=2, ohem=ohem)
+        for ohem in (False, True)
+    )
+    assert hard["workspace_bytes"] > plain["workspace_bytes"] and hard["flops"] > plain["flops"]

@@ -117,6 +117,78 @@ def test_feature_that_is_not_finite_in_pooling(
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("operator", "implementation"), RUNS)
+def test_gradient_that_is_not_finite_in_pooling(
+    operator: Operator, implementation: Implementation, device: str
+) -> None:
+    """It reaches the pixels of its class and no others; the gradient of class -1 reaches none."""
+    if operator.name != "masked_average_pool":
+        pytest.skip("of masked_average_pool")
+    features = torch.randn(1, 3, 5, 8, device=device, requires_grad=True)
+    skip_unless_able(operator, implementation, {"features": features})
+    labels = _halves(20, 32, device)
+    classes = torch.tensor([[0, -1, 1, 0, 9]], device=device)
+    output = ops.masked_average_pool(features, labels, classes, impl=implementation.name)
+    grad = torch.randn_like(output)
+    (clean,) = torch.autograd.grad(output, features, grad, retain_graph=True)
+    for value in (NAN, INF, -INF):
+        grad[0, 1, 2] = grad[0, 4, 2] = value
+        assert_equal(
+            torch.autograd.grad(output, features, grad, retain_graph=True)[0], clean, what="of no pixel"
+        )
+        for slot, reached in ((0, slice(0, 5)), (2, slice(3, 8))):
+            spoilt = grad.clone()
+            spoilt[0, slot, 1] = value
+            want = clean.clone()
+            want[0, 1, :, reached] = value
+            (got,) = torch.autograd.grad(output, features, spoilt, retain_graph=True)
+            assert_equal(got, want, what=f"{value} in slot {slot}")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("operator", "implementation"), RUNS)
+def test_tiny_eps(operator: Operator, implementation: Implementation, device: str) -> None:
+    """A zero vector has cosine 0 and gradient 0 even if float32 takes eps for 0."""
+    if operator.name != "prototype_similarity":
+        pytest.skip("of prototype_similarity")
+    query, prototypes = torch.randn(1, 20, 3, 7, device=device), torch.randn(1, 2, 20, device=device)
+    skip_unless_able(operator, implementation, {"query": query})
+    query[:, :, 1, 2], prototypes[:, 1] = 0, 0
+    inputs = {"query": query, "prototypes": prototypes}
+    want = run(ops.prototype_similarity, inputs | {"impl": implementation.name}, ("query", "prototypes"))
+    got = run(
+        ops.prototype_similarity,
+        inputs | {"impl": implementation.name, "eps": 1e-60},
+        ("query", "prototypes"),
+    )
+    for name, value in want.items():
+        assert bool(value.isfinite().all()), name
+        assert_equal(got[name], value, what=name)
+    assert not bool(got["output0"][0, :, 1, 2].any()) and not bool(got["grad_prototypes"][0, 1].any())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("operator", "implementation"), RUNS)
+def test_gradients_below_the_normal_range(
+    operator: Operator, implementation: Implementation, device: str
+) -> None:
+    """bfloat16 holds such numbers as float32 does: rounded, not lost, wherever they lie in a row."""
+    if operator.name != "masked_average_pool":
+        pytest.skip("of masked_average_pool")
+    labels, classes = torch.zeros(1, 1, 37, dtype=torch.uint8, device=device), torch.zeros(1, 1, device=device)
+    got = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        features = torch.zeros(1, 3, 1, 37, device=device, dtype=dtype, requires_grad=True)
+        skip_unless_able(operator, implementation, {"features": features})
+        output = ops.masked_average_pool(features, labels, classes.long(), impl=implementation.name)
+        grad = torch.tensor([[[3e-37, -2e-38, 1.0]]], device=device)
+        got[dtype] = torch.autograd.grad(output, features, grad)[0]
+    assert bool((got[torch.float32][0, :2].abs() < torch.finfo(torch.float32).tiny).all())
+    assert bool(got[torch.float32].all())
+    assert_equal(got[torch.bfloat16], got[torch.float32].bfloat16(), what="gradient in bfloat16")
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_maps_and_logits_that_are_not_finite(device: str) -> None:
     """NaN makes the loss NaN where its pixel counts, and is no loss where all that it touches is ignored."""
     maps, logits = torch.full((1, 1, 4, 4), 0.5, device=device), torch.zeros(1, 3, 4, 4, device=device)

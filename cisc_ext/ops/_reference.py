@@ -73,6 +73,8 @@ def norms(pixels: Tensor, eps: float, dim: int = 0) -> Tensor:
     stays NaN."""
     # Several times faster than vector_norm along the columns.
     norm = (pixels * pixels).sum(dim).sqrt_()
+    # The root of a sum of squares is 0 or far above that: with it, 0 is below any eps.
+    eps = max(eps, torch.finfo(norm.dtype).tiny)
     return torch.where(norm < eps, torch.zeros_like(norm), norm.reciprocal())
 
 

@@ -133,11 +133,13 @@ def _reference_backward(
     result = torch.zeros(batch, channels, h, w, dtype=dtype, device=grad.device)
     for b in range(batch if slots else 0):
         scaled = grad[b] / (_pixels(labels[b], classes[b], grad.dtype) + eps)[:, None]
-        for first, last in pixel_ranges(h, w, in_a_piece(max(channels, slots) * grad.itemsize)):
-            weights = grad.new_empty(slots, last - first)
+        for first, last in pixel_ranges(h, w, in_a_piece(channels * grad.itemsize)):
+            pixels = grad.new_zeros(channels, last - first)
             for s in range(slots):
-                weights[s] = _adjoint_mask(labels[b], classes[b, s], h, w, grad.dtype, first, last)
-            set_part(result[b], first, last, scaled.t() @ weights)
+                weight = _adjoint_mask(labels[b], classes[b, s], h, w, grad.dtype, first, last)
+                # Where a class has no weight its gradient is nothing, be it inf or NaN.
+                pixels += torch.where(weight > 0, scaled[s, :, None] * weight, 0)
+            set_part(result[b], first, last, pixels)
     return result
 
 
