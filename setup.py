@@ -237,7 +237,7 @@ class Builder:
     def flags(self) -> list[str]:
         # These change no value: no trap handler and no errno is ever looked at, so selections vectorise; a
         # product and a sum are fused only where the code says so, alike in every kernel.
-        arithmetic = ["-fno-trapping-math", "-fno-math-errno", "-fopenmp-simd", "-ffp-contract=off"]
+        arithmetic = ["-fno-trapping-math", "-fno-math-errno", "-ffp-contract=off"]
         return ["-std=c++17", *self.optimize, *arithmetic, "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 
     def make(self, jobs: list[Job]) -> list[Path]:
@@ -270,31 +270,42 @@ class Builder:
         finally:
             plan.unlink()
 
-    def ops(self) -> Path:
-        """The operator library; needs no Python and runs on torch 2.10 and newer."""
+    @property
+    def identity(self) -> str:
+        return f"{self.compiler} torch {self.torch_version}"
+
+    @property
+    def against_torch(self) -> list[str]:
         stable = ["-DTORCH_STABLE_ONLY", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
         stable += ["-DUSE_CUDA"] if self.cuda.sources else []
-        include = ["-isystem", str(self.torch / "include")]
-        identity = f"{self.compiler} torch {self.torch_version}"
+        return [*stable, "-isystem", str(self.torch / "include")]
+
+    def host_jobs(self) -> list[Job]:
+        """The objects of the operator library that the C++ compiler makes."""
         jobs = []
         for source in self.sources:
-            command = [*self.cxx, *self.flags, *self.extra_flags(source), *stable, *include]
-            jobs.append(Job((*command, "-c", "$in", "-o", "$out"), (source,), ".o", identity))
+            command = [*self.cxx, *self.flags, *self.extra_flags(source), *self.against_torch]
+            jobs.append(Job((*command, "-c", "$in", "-o", "$out"), (source,), ".o", self.identity))
+        return jobs
+
+    def ops(self) -> Path:
+        """The operator library; needs no Python and runs on torch 2.10 and newer."""
+        jobs = self.host_jobs()
         link: list[str] = []
         if self.cuda.sources:
             nvcc = [self.cuda.nvcc, "-std=c++17", *(["-O0", "-g"] if self.debug else ["-O3", "-lineinfo"])]
             nvcc += ["--expt-relaxed-constexpr", "-ccbin", self.compiler_path, *self.cuda.gencode]
-            nvcc += ["-Xcompiler=-fPIC", "-Xcompiler=-fvisibility=hidden", *stable, *include]
+            nvcc += ["-Xcompiler=-fPIC", "-Xcompiler=-fvisibility=hidden", *self.against_torch]
             for source in self.cuda.sources:
                 command = [*nvcc, "-c", "$in", "-o", "$out"]
-                jobs.append(Job(tuple(command), (source,), ".o", f"{identity} {self.cuda.version}"))
+                jobs.append(Job(tuple(command), (source,), ".o", f"{self.identity} {self.cuda.version}"))
             link = [f"-L{folder}" for folder in cuda_libraries(self.cuda.nvcc)]
             link += ["-lcudart_static", "-lrt", "-lpthread", "-ldl"]
         objects = self.make(jobs)
         command = [*self.cxx, *self.sanitize, "-shared", "$in", "-o", "$out", f"-L{self.torch / 'lib'}"]
         # libtorch registers the operators: without its NEEDED entry the library would not load.
         command += ["-Wl,-z,defs", "-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed", "-ltorch_cpu", *link]
-        return self.make([Job(tuple(command), tuple(objects), ".so", identity)])[0]
+        return self.make([Job(tuple(command), tuple(objects), ".so", self.identity)])[0]
 
     def module(self) -> Path:
         """The pybind11 module, which holds what was built."""

@@ -11,7 +11,8 @@ Columns: time_ms, the median, and time_min_ms, the least, of `runs`; tflops and 
 bytes the call needs (`Operator.cost`) over the median; share_of_ceiling, the larger of their times at the
 machine's rates over the median; extra_mib, the most held beyond inputs, outputs and gradients, for
 "backward" together with forward; naive_mib, what the naive expression must hold; speedup, the median over the
-rounds of rival time / own time. `rivals_left_out` has the reason for each rival that is not there. Passes:
+rounds of rival time / own time; a rival that takes long runs in fewer (`rival_runs`). `rivals_left_out` has
+the reason for each rival that is not there. Passes:
 "forward"; "backward", autograd.grad from a graph that is there; "both", for losses whose gradient is made in
 forward.
 """
@@ -53,6 +54,7 @@ from benchmarks.cases import (
 )
 from benchmarks.tables import aligned
 from cisc_ext.files import write_json
+from cisc_ext.ops import _library
 from cisc_ext.ops.registry import OPERATORS, PASSES
 from cisc_ext.ops.registry import Call as RegistryCall
 
@@ -346,6 +348,7 @@ def _row(
         "extra_limit_mib": round(case.operator.extra_bytes_cpu / 2**20, 2),
         "naive_mib": round(rivals.naive_bytes(case) / 2**20, 2),
         "speedup": {name: _significant(statistics.median(values)) for name, values in ratios.items()},
+        "rival_runs": {other.name: len(other.times) for other in others},
         "rival_ms": {other.name: _significant(statistics.median(other.times)) for other in others},
         "rival_extra_mib": {other.name: _rounded(other.extra_mib, 2) for other in others},
         "rival_chunk": {other.name: other.contender.chunk for other in others if other.contender.chunk},
@@ -447,6 +450,15 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return flags
 
 
+def _instruction_set() -> str | None:
+    """What the compiled operators use on this CPU."""
+    if not _library.LOADED:
+        return None
+    from cisc_ext import _build  # only there once the extension is built
+
+    return str(_build.info()["instruction_set_in_use"])
+
+
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
@@ -479,7 +491,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         **facts,
         "device": flags.device,
         "quick": flags.quick,
-        "cisc_isa": os.environ.get("CISC_ISA"),
+        "cisc_isa": _instruction_set(),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "ceilings": ceiling,
         "left_out": left_out,

@@ -1,9 +1,11 @@
-"""The methods side by side on CamVid at a size for a small machine: scores, time and memory of whole runs.
+"""The methods side by side on CamVid: scores, time and memory of whole runs.
 
-    python -m benchmarks.methods --data-root DIR [--split DIR] [--runs DIR] [--only NAME ...] [--json FILE]
+    python -m benchmarks.methods --data-root DIR [--device cpu|cuda] [--split DIR] [--runs DIR]
+        [--only NAME ...] [--json FILE]
 
-Each run is `train.py camvid` with the same settings; one that is there already is gone on with. Results are
-written after each.
+On a CPU at a size for a small machine; on a GPU at full size, with the preset's network, for few steps. A run
+is `train.py camvid` with the same settings; one that is there already is gone on with. Results are written
+after each.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from benchmarks import machine
 from benchmarks.tables import aligned
@@ -45,6 +49,11 @@ SETTINGS = [
     "--workers",
     "0",
 ]
+SETTINGS_CUDA = ["--intervals", "2", "--workers", "12"]
+RUNS_CUDA = {
+    "sup": ["--method", "sup", "--steps", "200"],
+    "cisc-r": ["--method", "cisc-r", "--steps", "200"],
+}
 RUNS = {
     "sup": ["--method", "sup", "--steps", "600"],
     "cisc-r": ["--method", "cisc-r", "--steps", "600"],
@@ -77,24 +86,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.methods", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--data-root", type=Path, required=True, help="folder of CamVid")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--split", type=Path, help="lists (default: splits/1_8/split_0 in --data-root)")
     parser.add_argument(
         "--runs", type=Path, default=machine.ROOT / "runs" / "methods", help="folder for the runs"
     )
     parser.add_argument(
-        "--only", nargs="+", choices=tuple(RUNS), default=list(RUNS), metavar="NAME", help="runs"
+        "--only", nargs="+", choices=tuple(RUNS), metavar="NAME", help="runs (default: all of the device)"
     )
     parser.add_argument("--steps", type=int, help="of every training, to try it out; the results are marked")
     parser.add_argument("--json", type=Path, help="result file (default: in benchmarks/results)")
     flags = parser.parse_args(arguments)
-    path = flags.json or machine.ROOT / "benchmarks" / "results" / "methods_camvid.json"
+    if flags.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no NVIDIA GPU")
+    on_gpu = flags.device == "cuda"
+    settings, runs = (SETTINGS_CUDA, RUNS_CUDA) if on_gpu else (SETTINGS, RUNS)
+    if unknown := [name for name in flags.only or () if name not in runs]:
+        parser.error(f"--only: on {flags.device} must be of {', '.join(runs)}, got {', '.join(unknown)}")
+    file = "methods_camvid_cuda.json" if on_gpu else "methods_camvid.json"
+    path = flags.json or machine.ROOT / "benchmarks" / "results" / file
     rows: list[dict[str, Any]] = []
     facts = {
         **machine.facts("benchmarks.methods", arguments),
-        "device": "cpu",
+        "device": flags.device,
         "shortened": flags.steps is not None,
     }
-    for name in flags.only:
+    for name in flags.only or runs:
         out = flags.runs / name.replace(", ", "_").replace(" ", "_")
         split = flags.split or flags.data_root / "splits" / "1_8" / "split_0"
         where = [
@@ -105,16 +122,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "--out",
             str(out),
             "--device",
-            "cpu",
+            flags.device,
         ]
         short = [] if flags.steps is None else ["--steps", str(flags.steps), "--intervals", "1"]
         resume = ["--resume"] if (out / "config.json").exists() else []
-        train = [str(machine.ROOT / "train.py"), "camvid", *SETTINGS, *RUNS[name], *where, *short, *resume]
+        train = [str(machine.ROOT / "train.py"), "camvid", *settings, *runs[name], *where, *short, *resume]
         done = subprocess.run([sys.executable, *train], check=False)
         if done.returncode:
             return done.returncode
         rows.append(row(name, json.loads((out / "metrics.json").read_text())))
-        write_json(path, {**facts, "settings": SETTINGS, "rows": rows})
+        write_json(path, {**facts, "settings": settings, "rows": rows})
     print(aligned("methods", rows))
     return 0
 

@@ -438,9 +438,11 @@ def _brgemm(case: Case, whole: bool, chunk: int) -> Call:
 
 
 class _Axes:
-    """Upsampling as two matrices, of which each chunk of rows takes its part."""
+    """Upsampling axis by axis, of which each chunk of rows takes its part: by two products with matrices, or
+    with the columns interpolated."""
 
-    def __init__(self, x: Tensor, size: tuple[int, int], align_corners: bool) -> None:
+    def __init__(self, x: Tensor, size: tuple[int, int], align_corners: bool, products: bool) -> None:
+        self.width, self.align_corners, self.products = size[1], align_corners, products
         self.rows, self.columns = (
             F.interpolate(
                 torch.eye(n, dtype=torch.float32)[None], m, mode="linear", align_corners=align_corners
@@ -455,10 +457,16 @@ class _Axes:
 
     def up(self, part: Tensor, span: tuple[int, int], start: int, stop: int) -> Tensor:
         """[C,r,w] to [C,rows,W]."""
-        return self.rows[span[0] : span[1], start:stop].t() @ (part.to(self.columns) @ self.columns)
+        part = part.to(self.columns)
+        if self.products:
+            wide = part @ self.columns
+        else:
+            size = (part.shape[1], self.width)
+            wide = F.interpolate(part[None], size, mode="bilinear", align_corners=self.align_corners)[0]
+        return self.rows[span[0] : span[1], start:stop].t() @ wide
 
 
-def _by_rows(case: Case, whole: bool, chunk: int) -> Call:
+def _by_rows(products: bool, case: Case, whole: bool, chunk: int) -> Call:
     """The naive expression on `chunk` rows of labels at a time, forward and at once backward."""
     name, inputs = case.operator.name, case.inputs
     if inputs.get("ohem_threshold") is not None:
@@ -468,9 +476,9 @@ def _by_rows(case: Case, whole: bool, chunk: int) -> Call:
     height, width = labels.shape[1:]
     # In bfloat16 maps would round to 1, where the loss is at its floor and its gradient is not.
     like = source.float() if name == "map_consistency" else source
-    axes = _Axes(like, (height, width), name == "rectified_cross_entropy")
+    axes = _Axes(like, (height, width), name == "rectified_cross_entropy", products)
     maps = inputs.get("similarity") if name == "rectified_cross_entropy" else None
-    map_axes = None if maps is None else _Axes(maps, (height, width), False)
+    map_axes = None if maps is None else _Axes(maps, (height, width), False, products)
     ignored = inputs.get("ignore_index", published.IGNORE_INDEX)
     per_pixel = inputs.get("reduction") == "none"
     start_from = cotangent(labels.float()) if per_pixel else None
@@ -546,10 +554,10 @@ def _by_rows(case: Case, whole: bool, chunk: int) -> Call:
     return run if differentiated else forward
 
 
-def _predict_by_rows(case: Case, whole: bool, chunk: int) -> Call:
+def _predict_by_rows(products: bool, case: Case, whole: bool, chunk: int) -> Call:
     logits, labels = case.inputs["logits"], case.inputs["labels"]
     (height, width), classes = case.inputs["size"], logits.shape[1]
-    axes = _Axes(logits, (height, width), True)
+    axes = _Axes(logits, (height, width), True, products)
     ignored = case.inputs.get("ignore_index", published.IGNORE_INDEX)
 
     @torch.no_grad()
@@ -642,6 +650,12 @@ def _published(case: Case, whole: bool, chunk: int) -> Call:
     return call_of(functions[case.operator.name], case, whole=whole)
 
 
+def _by_either(make: Callable[[bool, Case, bool, int], Call], *more: Rival) -> tuple[Rival, ...]:
+    """Rows in chunks, upsampled either way: which is faster depends on dtype and size."""
+    products = Rival("chunked_products", partial(make, True), ROW_CHUNKS, flops=_chunked_flops)
+    return _plain(partial(make, False), ROW_CHUNKS, products, *more)
+
+
 def _plain(
     chunked: Callable[[Case, bool, int], Call], chunks: tuple[int, ...], *more: Rival
 ) -> tuple[Rival, ...]:
@@ -664,9 +678,9 @@ RIVALS: dict[str, tuple[Rival, ...]] = {
         Rival("keops", _keops, flops=_needed_flops),
         Rival("brgemm", _brgemm, (128, 512), flops=_needed_flops),
     ),
-    "masked_average_pool": _plain(_by_rows, ROW_CHUNKS, _PUBLISHED),
+    "masked_average_pool": _by_either(_by_rows, _PUBLISHED),
     "prototype_similarity": _plain(_prototypes_by_pixels, PIXEL_CHUNKS, _PUBLISHED),
-    "map_consistency": _plain(_by_rows, ROW_CHUNKS, _PUBLISHED),
-    "rectified_cross_entropy": _plain(_by_rows, ROW_CHUNKS, _PUBLISHED),
-    "predict": _plain(_predict_by_rows, ROW_CHUNKS),
+    "map_consistency": _by_either(_by_rows, _PUBLISHED),
+    "rectified_cross_entropy": _by_either(_by_rows, _PUBLISHED),
+    "predict": _by_either(_predict_by_rows),
 }

@@ -253,7 +253,11 @@ def measure_network(crop: int, device: str, repeats: int) -> list[dict[str, Any]
     """The same for the whole step with a network."""
     x = make_network_inputs(crop, device)
     variants = NETWORK_VARIANTS.items()
-    _agree(f"network at {crop}", {name: partial(network_gradient, x, losses) for name, losses in variants})
+    # The network's own rounding must not hide the losses': no tf32 while they are compared.
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+        _agree(
+            f"network at {crop}", {name: partial(network_gradient, x, losses) for name, losses in variants}
+        )
     with torch.no_grad():
         features = x.teacher(x.images[:1]).features
     sizes = {

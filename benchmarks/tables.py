@@ -58,6 +58,7 @@ COLUMNS: dict[str, dict[str, str]] = {
     "step": _STEP,
     "step_cuda": _STEP,
     "methods": _METHODS,
+    "methods_cuda": _METHODS,
     "kernels": _KERNELS,
     "kernels_cuda": _KERNELS,
 }
@@ -90,6 +91,7 @@ SOURCES = {
     "step": RESULTS / "step_cpu.json",
     "step_cuda": RESULTS / "step_cuda.json",
     "methods": RESULTS / "methods_camvid.json",
+    "methods_cuda": RESULTS / "methods_camvid_cuda.json",
 }
 
 

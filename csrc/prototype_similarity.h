@@ -83,7 +83,7 @@ inline Work work(int64_t batch, int64_t channels, int64_t pixels, int64_t slots,
                  int64_t prototype_bytes, bool backward) {
   const int64_t values = batch * channels * pixels;
   Work w;
-  w.flops = values * (2 + 2 * slots + (backward ? 1 + 4 * slots : 0));
+  w.flops = values * (2 + 2 * slots + (backward ? 2 + 4 * slots : 0));
   w.bytes = values * query_bytes * (backward ? 2 : 1) +
             batch * slots * (pixels * 4 + channels * prototype_bytes * (backward ? 2 : 1));
   return w;

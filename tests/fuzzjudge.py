@@ -16,6 +16,7 @@ from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import naive
+from benchmarks.published import IGNORE_INDEX
 from cisc_ext.ops import _bilinear
 from cisc_ext.ops.registry import OPERATORS
 
@@ -145,16 +146,16 @@ def _naive_consistency(similarity: Tensor, labels: Tensor, classes: Tensor, igno
     return torch.where(kept, pixel, 0).sum() / kept.sum().clamp(min=1)
 
 
-def _consistency(case: Case, got: Results) -> None:
-    operator = OPERATORS[case.operator]
-    inputs = _clean(case.inputs)
-    plain = run(_naive_consistency, as_dtype(inputs, torch.float32), operator.differentiable)
-    similarity, labels, classes = inputs["similarity"].double(), inputs["labels"], inputs["classes"]
+def consistency_sizes(
+    similarity: Tensor, labels: Tensor, classes: Tensor, ignore_index: int = IGNORE_INDEX
+) -> Results:
+    """Sizes of what map_consistency rounds on the way to the loss and to each element of its gradient, from
+    float64 maps."""
     size = (labels.shape[1], labels.shape[2])
     up, rounded = naive.upsample(similarity, size, False), naive.upsample(similarity.abs(), size, False)
     positive = naive.one_hot(labels, classes)
     probability = torch.where(positive, up, 1 - up)
-    kept = (labels.long() != inputs["ignore_index"])[:, None]
+    kept = (labels.long() != ignore_index)[:, None]
     valid = (classes >= 0)[..., None, None]
     share = (kept & valid) / valid.sum(1, keepdim=True).clamp(min=1) / kept.sum().clamp(min=1)  # [B,S,H,W]
     inside = (up > 0) & (up < 1)
@@ -162,11 +163,18 @@ def _consistency(case: Case, got: Results) -> None:
     relative = torch.where(inside, (rounded + ~positive) / probability, 0)
     log = -probability.clamp(0, 1).log().clamp(min=-100)
     slope = torch.where(inside, share / probability * (1 + relative), 0)
-    magnitudes = {
+    return {
         "output0": (share * (log + relative)).sum(),
         "grad_similarity": _adjoint(slope, similarity.shape[2], similarity.shape[3], False),
     }
-    _compare(got, reference(operator, case.inputs), plain, magnitudes)
+
+
+def _consistency(case: Case, got: Results) -> None:
+    operator = OPERATORS[case.operator]
+    inputs = _clean(case.inputs)
+    plain = run(_naive_consistency, as_dtype(inputs, torch.float32), operator.differentiable)
+    sizes = consistency_sizes(**as_dtype(inputs, torch.float64))
+    _compare(got, reference(operator, case.inputs), plain, sizes)
 
 
 def _cross_entropy(case: Case, got: Results) -> None:

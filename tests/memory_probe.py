@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import peak_extra_mib
-from cisc_ext.ops.registry import OPERATORS
+from cisc_ext.ops.registry import OPERATORS, Call
 
 MIB = 2**20
+CPU = Call("cpu", (torch.float32,))
 
 
 def _labels(*shape: int, classes: int = 19) -> Tensor:
@@ -112,6 +113,31 @@ SIZES: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
 }
 
 
+MANY_THREADS = 64
+MANY: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
+    "masked_average_pool-many": ("masked_average_pool", lambda: _pool_of(4096, (64, 64, 64), (256, 256))),
+    "prototype_similarity-many": ("prototype_similarity", lambda: _prototypes(2, 256, 181, 181)),
+    "map_consistency-many": ("map_consistency", lambda: _maps(150, (64, 128), (256, 512))),
+    "rectified_cross_entropy-many": (
+        "rectified_cross_entropy",
+        lambda: {"logits": torch.randn(1, 4096, 24, 64), "labels": _labels(1, 96, 256, classes=255)},
+    ),
+    "rectified_cross_entropy-many_ohem": (
+        "rectified_cross_entropy",
+        lambda: _rectified(ohem_threshold=0.7),
+    ),
+    "predict-many": (
+        "predict",
+        lambda: {
+            "logits": torch.randn(1, 256, 128, 256),
+            "size": (512, 1024),
+            "labels": _labels(1, 512, 1024),
+        },
+    ),
+}
+"""What the compiled operators are measured on with many threads."""
+
+
 def _saved_mib(name: str, inputs: dict[str, Any]) -> float:
     """The index of "max", the winners N*S*k of "topk", the log totals of "softmax"; gradients in float32
     that the forward pass of a loss makes."""
@@ -172,6 +198,13 @@ def main() -> None:
         for one in OPERATORS[name].implementations:
             torch.manual_seed(0)
             result[f"{key}-{one.name}"] = extra_mib(name, one.name, make())
+    torch.set_num_threads(MANY_THREADS)
+    torch.rand(2**24).sum()  # the threads themselves take memory once
+    for key, (name, make) in MANY.items():
+        if all(one.name != "cpp" or one.obstacles(CPU) for one in OPERATORS[name].implementations):
+            continue
+        torch.manual_seed(0)
+        result[f"{key}-cpp"] = extra_mib(name, "cpp", make())
     print(json.dumps(result))
 
 

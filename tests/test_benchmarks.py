@@ -29,6 +29,7 @@ from benchmarks import (
     step,
     tables,
 )
+from cisc_ext.ops import _library
 from cisc_ext.ops.registry import OPERATORS, PASSES, Call, Cost, Implementation, never
 
 Golden = Callable[[str], dict[str, Tensor]]
@@ -130,7 +131,7 @@ def measured_kernels(path: Path, *arguments: str) -> dict[str, Any]:
 ROW = {
     *("op", "impl", "reduction", "mode", "dtype", "shape", "workload", "ladder", "pass", "time_ms"),
     *("time_min_ms", "runs", "tflops", "gbps", "share_of_ceiling", "extra_mib", "extra_limit_mib"),
-    *("naive_mib", "speedup", "rival_ms", "rival_extra_mib", "rival_chunk", "rivals_left_out"),
+    *("naive_mib", "speedup", "rival_ms", "rival_runs", "rival_extra_mib", "rival_chunk", "rivals_left_out"),
 }
 
 
@@ -140,6 +141,8 @@ def test_kernels_writes_its_result(tmp_path: Path) -> None:
     result = measured_kernels(path, "--op", "map_consistency", "predict", "--workload", "image_128x256")
     assert {"machine", "versions", "commit", "command", "threads", "ceilings", "cisc_isa"} <= set(result)
     assert result["quick"] and result["device"] == "cpu"
+    if _library.LOADED:
+        assert result["cisc_isa"] in ("portable", "avx2", "avx512", "avx512_bf16")
     assert all(one["reason"] and one["impl"] != "reference" for one in result["left_out"])
     assert set(result["ceilings"]) == {"gemm_size", "gemm_tflops", "fma_tflops", "copy_gbps", "flops"}
     assert result["ceilings"]["copy_gbps"] > 0 and result["ceilings"]["flops"]["float32"] > 0

@@ -344,6 +344,21 @@ def test_against_float64(shape: tuple[int, ...], dtype: torch.dtype, layout: str
 
 
 @compiled
+@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
+def test_no_instruction_set_leaks_into_another(setup_py: ModuleType) -> None:
+    """A function that the linker may share must not come from a file compiled for a larger set."""
+    builder = setup_py.Builder(os.environ)
+    larger = [job for job in builder.host_jobs() if builder.extra_flags(job.inputs[0])]
+    if not larger:
+        pytest.skip("no larger instruction sets on this machine")
+    for path in builder.make(larger):
+        symbols = subprocess.run(["nm", "-C", str(path)], capture_output=True, text=True, check=True).stdout
+        shared = re.findall(r"^[0-9a-f]+ [WVu] (.*)$", symbols, re.MULTILINE)
+        # How exceptions find their way: a pointer, no code.
+        assert set(shared) <= {"DW.ref.__gxx_personality_v0"}, f"{path.name}: {shared}"
+
+
+@compiled
 def test_pieces_of_a_large_grid() -> None:
     """A grid whose weights do not fit the workspace at once is summed piece by piece."""
     classes = torch.arange(4096)[None]

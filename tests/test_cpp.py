@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
-import shutil
 import subprocess
 import sys
 import time
@@ -151,22 +149,6 @@ def test_a_wrong_instruction_set_is_one_line() -> None:
         last = done.stderr.strip().splitlines()[-1]
         assert done.returncode != 0
         assert last.startswith("ValueError: CISC_ISA must be one of portable") and last.endswith("got 'mmx'")
-
-
-@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
-def test_no_instruction_set_leaks_into_another() -> None:
-    """A function that the linker may share must not come from a file compiled for a larger set."""
-    newest: dict[str, str] = {}
-    for path in sorted((ROOT / "build" / "objects").glob("*_avx*.o"), key=lambda p: p.stat().st_mtime):
-        symbols = subprocess.run(["nm", "-C", str(path)], capture_output=True, text=True, check=True).stdout
-        if "__asan_init" not in symbols:
-            newest[path.name.split(".")[0]] = symbols
-    if not newest:
-        pytest.skip("no objects beside the sources")
-    for name, symbols in newest.items():
-        shared = re.findall(r"^[0-9a-f]+ [WVu] (.*)$", symbols, re.MULTILINE)
-        # How exceptions find their way: a pointer, no code.
-        assert set(shared) <= {"DW.ref.__gxx_personality_v0"}, f"{name}: {shared}"
 
 
 SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
@@ -346,6 +328,19 @@ def test_plans_keep_to_the_bound(operator: Operator, implementation: Implementat
             for ohem in (False, True):
                 made = _build.plan(operator.name, shapes, backward=backward, threads=threads, ohem=ohem)
                 assert 0 < made["workspace_bytes"] <= operator.extra_bytes_cpu, (shapes, made)
+
+
+@pytest.mark.parametrize(("operator", "implementation"), COMPILED)
+def test_plans_do_no_less_than_the_least(operator: Operator, implementation: Implementation) -> None:
+    """The operations that benchmarks count are at most those that a kernel makes."""
+    from cisc_ext import _build
+
+    workload = next(operator.workloads())
+    inputs = workload.make()
+    sized = {name: tuple(getattr(value, "shape", None) or value) for name, value in inputs.items()}
+    for passes in workload.passes:
+        made = _build.plan(operator.name, sized, backward=passes != "forward")
+        assert operator.cost(inputs, passes).flops <= made["flops"], passes
 
 
 def test_rows_of_many_classes_are_shared_out() -> None:

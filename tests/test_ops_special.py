@@ -175,7 +175,10 @@ def test_gradients_below_the_normal_range(
     """bfloat16 holds such numbers as float32 does: rounded, not lost, wherever they lie in a row."""
     if operator.name != "masked_average_pool":
         pytest.skip("of masked_average_pool")
-    labels, classes = torch.zeros(1, 1, 37, dtype=torch.uint8, device=device), torch.zeros(1, 1, device=device)
+    labels, classes = (
+        torch.zeros(1, 1, 37, dtype=torch.uint8, device=device),
+        torch.zeros(1, 1, device=device),
+    )
     got = {}
     for dtype in (torch.float32, torch.bfloat16):
         features = torch.zeros(1, 3, 1, 37, device=device, dtype=dtype, requires_grad=True)

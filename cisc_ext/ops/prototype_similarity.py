@@ -175,9 +175,10 @@ def _workloads() -> Iterator[Workload]:
 def _cost(inputs: dict[str, Any], passes: str) -> Cost:
     query, prototypes = inputs["query"], inputs["prototypes"]
     pixels, slots = query.shape[0] * query.shape[2] * query.shape[3], prototypes.shape[1]
-    # Per channel, forward: the norm and a product per prototype. Backward: the norm, a product per prototype
-    # towards the pixel, its projection, which is taken away, and a product per prototype towards that.
-    forward, backward = 2 * query.numel() * (slots + 1), 2 * query.numel() * (2 * slots + 3)
+    # Per channel, forward: the norm and a product per prototype. Backward, which may know the similarity: the
+    # norm, a product per prototype towards the pixel, what lies along it, which is taken away, and a product
+    # per prototype towards that.
+    forward, backward = 2 * query.numel() * (slots + 1), 2 * query.numel() * (2 * slots + 2)
     read, maps = query.nbytes + prototypes.nbytes, 4 * pixels * slots
     return {
         "forward": Cost(forward, read + maps),
