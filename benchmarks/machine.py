@@ -35,7 +35,12 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str | None:
-    """Commit of the source, with "+dirty" where tracked files other than results differ from it."""
+    """Commit of the source, with "+dirty" where tracked files other than results differ from it.
+
+    A copy that lacks its history is told it by CISC_COMMIT.
+    """
+    if os.environ.get("CISC_COMMIT"):
+        return os.environ["CISC_COMMIT"]
     commit = _first_line("git", "rev-parse", "HEAD")
     if commit is None:
         return None
@@ -43,6 +48,11 @@ def _commit() -> str | None:
         "git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)benchmarks/results"
     )
     return f"{commit}+dirty" if changed else commit
+
+
+def _portable(word: str) -> str:
+    """An argument without the folders of this machine."""
+    return Path(word).name if Path(word).is_absolute() else word
 
 
 def facts(module: str, arguments: Sequence[str]) -> dict[str, Any]:
@@ -65,6 +75,6 @@ def facts(module: str, arguments: Sequence[str]) -> dict[str, Any]:
             "cuda": torch.version.cuda,
         },
         "commit": _commit(),
-        "command": shlex.join(["python", "-m", module, *arguments]),
+        "command": shlex.join(["python", "-m", module, *map(_portable, arguments)]),
         "threads": torch.get_num_threads(),
     }

@@ -6,6 +6,10 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace cisc {
 
 enum class Isa { portable, avx2, avx512, avx512_bf16 };
@@ -15,8 +19,9 @@ constexpr const char* kIsaNames[] = {"portable", "avx2", "avx512", "avx512_bf16"
 inline Isa best_isa() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  // Each processor with AVX2 has f16c, which not every compiler knows by name here.
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  unsigned a = 0, b = 0, c = 0, d = 0;  // f16c is not known by name to every compiler
+  const bool f16c = __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+  const bool avx2 = f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (avx512 && __builtin_cpu_supports("avx512bf16")) return Isa::avx512_bf16;

@@ -54,15 +54,14 @@ struct Weights {
   Packed view() const { return {piece, slots, packed.get(), slot.get(), filled.get()}; }
 };
 
-std::vector<Piece> cut(const Plan& plan, const Geometry& g) {
-  std::vector<Piece> pieces;
+// The pieces of the grid one after the other: f(piece).
+template <typename Function>
+void each_piece(const Plan& plan, const Geometry& g, const Function& f) {
   for (int64_t top = 0; top < g.height; top += plan.rows) {
     for (int64_t left = 0; left < g.width; left += plan.columns) {
-      pieces.push_back(
-          {top, std::min(top + plan.rows, g.height), left, std::min(left + plan.columns, g.width)});
+      f(Piece{top, std::min(top + plan.rows, g.height), left, std::min(left + plan.columns, g.width)});
     }
   }
-  return pieces;
 }
 
 // Add the weights of the feature rows [begin, end) of the piece, and count the pixels whose upper left
@@ -200,17 +199,16 @@ void forward_image(const Tensor& features, const Tensor& labels, int64_t image, 
                    const Slots& slots, double eps, float* prototypes) {
   const int64_t all = features.size(1), columns = static_cast<int64_t>(slots.of_column.size());
   const Plan p = plan(all, g.height, g.width, slots.count);
-  const std::vector<Piece> pieces = cut(p, g);
   Weights weights(p, slots.count);
   std::vector<double> sums(static_cast<size_t>(p.channels * slots.count));
   for (int64_t first = 0; first < all; first += p.channels) {
     const int64_t channels = std::min(p.channels, all - first);
     std::vector<int64_t> counts(static_cast<size_t>(slots.count), 0);
     std::fill(sums.begin(), sums.end(), 0.0);
-    for (const Piece& piece : pieces) {
+    each_piece(p, g, [&](const Piece& piece) {
       build(labels, image, g, slots, piece, weights, counts);
       pool(read_image(features), image, first, channels, weights.view(), sums.data());
-    }
+    });
     const std::vector<double> scale = scales(counts, eps);
     for (int64_t s = 0; s < columns; ++s) {
       const int32_t slot = slots.of_column[s];
@@ -229,16 +227,16 @@ void backward_image(const Tensor& grad, const Tensor& labels, int64_t image, con
                     const Slots& slots, double eps, Float kind, void* gradient) {
   const int64_t channels = grad.size(2);
   const Plan p = plan(channels, g.height, g.width, slots.count);
-  const std::vector<Piece> pieces = cut(p, g);
   Weights weights(p, slots.count);
   std::vector<int64_t> counts(static_cast<size_t>(slots.count), 0);
-  for (const Piece& piece : pieces) build(labels, image, g, slots, piece, weights, counts);
+  each_piece(p, g, [&](const Piece& piece) { build(labels, image, g, slots, piece, weights, counts); });
   const std::vector<double> scale = scales(counts, eps);
   std::vector<int64_t> unused(static_cast<size_t>(slots.count), 0);
   const float* from = static_cast<const float*>(grad.const_data_ptr()) + image * grad.stride(0);
   const Kernels& kernel = kernels();
-  for (const Piece& piece : pieces) {
-    if (pieces.size() > 1) build(labels, image, g, slots, piece, weights, unused);
+  const bool whole = p.rows == g.height && p.columns == g.width;  // its weights are there
+  each_piece(p, g, [&](const Piece& piece) {
+    if (!whole) build(labels, image, g, slots, piece, weights, unused);
     const Crew crew(channels, scattering_bytes(slots.count), grain(piece.pixels()), kPoolCrewBytes);
     const auto totals = crew.each<double>(slots.count);
     const auto factors = crew.each<float>(slots.count);
@@ -257,7 +255,7 @@ void backward_image(const Tensor& grad, const Tensor& labels, int64_t image, con
                        (image * channels + c) * g.height * g.width);
       }
     });
-  }
+  });
 }
 
 void check_common(const char* op, const Tensor& labels, const Tensor& classes, int64_t images, int64_t height,

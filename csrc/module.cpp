@@ -75,15 +75,13 @@ py::dict described(const py::dict& tile, int64_t bytes, const cisc::Work& work) 
   return out;
 }
 
-// cells: what a thread counts
-py::dict upsampling(const cisc::upsample::Grid& grid, const cisc::upsample::Plan& p, int64_t threads,
-                    int64_t cells, const cisc::Work& work) {
+py::dict upsampling(const cisc::upsample::Plan& p, int64_t bytes, const cisc::Work& work) {
   py::dict tile;
   tile["label_columns"] = p.columns;
   tile["label_rows"] = cisc::upsample::kChunk;
   tile["feature_rows"] = p.rows;
   tile["tasks"] = p.tasks;
-  return described(tile, cisc::upsample::workspace_bytes(grid, p, threads, cells), work);
+  return described(tile, bytes, work);
 }
 
 // One row per operator that has kernels here; `backward` is the gradient, made with the loss where there is
@@ -107,7 +105,7 @@ py::dict plan(const std::string& op, const Shapes& shapes, const std::string& dt
                                : cisc::upsample::Grid{0, 1, 1, labels[1], labels[2], false};
     const auto p = ns::plan(grid, map_grid, logits[0], backward);
     return upsampling(
-        grid, p, threads, ohem ? ns::kHistogram : 0,
+        p, ns::workspace_bytes(grid, map_grid, p, threads, ohem),
         ns::work(grid, map_grid, p, logits[0], bytes, kLabelBytes, bytes, backward, ohem ? ns::kPasses : 0));
   }
   if (op == "map_consistency") {
@@ -115,14 +113,16 @@ py::dict plan(const std::string& op, const Shapes& shapes, const std::string& dt
     const Shape &maps = shape_of(op, shapes, "similarity", 4), &labels = shape_of(op, shapes, "labels", 3);
     const auto grid = grid_of(maps, labels[1], labels[2], false);
     const auto p = ns::plan(grid, maps[0], backward);
-    return upsampling(grid, p, threads, 0, ns::work(grid, p, maps[0], bytes, kLabelBytes, backward));
+    return upsampling(p, cisc::upsample::workspace_bytes(grid, p, threads, 0),
+                      ns::work(grid, p, maps[0], bytes, kLabelBytes, backward));
   }
   if (op == "predict") {
     namespace ns = cisc::predict;
     const Shape &logits = shape_of(op, shapes, "logits", 4), &size = shape_of(op, shapes, "size", 2);
     const auto grid = grid_of(logits, size[0], size[1], true);
     const auto p = ns::plan(grid, logits[0]);
-    return upsampling(grid, p, threads, ns::copies(grid.planes) * grid.planes * grid.planes,
+    const int64_t cells = ns::copies(grid.planes) * grid.planes * grid.planes;
+    return upsampling(p, cisc::upsample::workspace_bytes(grid, p, threads, cells),
                       ns::work(grid, p, logits[0], bytes, kLabelBytes));
   }
   if (op == "prototype_similarity") {

@@ -44,7 +44,9 @@ inline Plan plan(int64_t batch, int64_t channels, int64_t pixels, int64_t slots,
   // Norms, dot products, what rounding has cost them, gradients; channels of a tile in float32, as they lie
   // and, for many classes, packed; a pixel and its gradient.
   const int64_t deep_rows = std::min(kChannels, channels) * (slots < kMany ? 1 : 2);
-  p.thread_floats = (1 + 2 * slots + std::max(slots + 1, kGroup) + deep_rows) * p.tile + 2 * channels;
+  p.thread_floats =
+      (1 + std::max<int64_t>(slots, 1) + slots + std::max(slots + 1, kGroup) + deep_rows) * p.tile +
+      2 * channels;
   return p;
 }
 

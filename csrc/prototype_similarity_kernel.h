@@ -42,7 +42,8 @@ struct Constant {
 
 struct Tile {
   float* inverse;  // [tile], 1 / norm, 0 where the norm is below eps
-  float* cosine;   // [S, tile]
+  float* cosine;   // [max(S, 1), tile]
+  float* along;    // [tile], in place of the cosines
   float* part;     // [max(S + 1, kGroup), tile], what rounding has cost the sums; channels of a gradient
   float* back;     // [S, tile]
   float* rows;     // [kChannels, tile], or [2, C]
@@ -53,7 +54,8 @@ inline Tile layout(const Problem& p, const Task& task) {
   Tile t;
   t.inverse = task.workspace;
   t.cosine = t.inverse + task.tile;
-  t.part = t.cosine + p.slots * task.tile;
+  t.along = t.cosine;
+  t.part = t.cosine + (p.slots > 0 ? p.slots : 1) * task.tile;
   t.back = t.part + (p.slots + 1 > kGroup ? p.slots + 1 : kGroup) * task.tile;
   t.packed = t.back + p.slots * task.tile;
   t.rows = t.packed + (p.slots < kMany ? 0 : (p.channels < kChannels ? p.channels : kChannels) * task.tile);
@@ -99,8 +101,8 @@ inline void add_rows(int64_t count, const float* const* row, int64_t n, const Sc
 }
 
 // Add to kSums rows of `value` the products of `count` channels of kLanes pixels with a unit vector each, the
-// first with the pixels themselves if kNorm. q: [count, kLanes]; units: [kSums, C], from the first of these
-// channels; value, and lost, which is what rounding has cost them: [kSums, tile]
+// first with the pixels themselves if kNorm. q: [count, kLanes]; units: [kSums, C], or [kSums - 1, C], from
+// the first of these channels; value, and lost, which is what rounding has cost them: [kSums, tile]
 template <int kSums, bool kNorm>
 inline void add_packed(const float* q, int64_t count, const float* units, int64_t channels, float* value,
                        float* lost, int64_t tile) {
@@ -114,7 +116,8 @@ inline void add_packed(const float* q, int64_t count, const float* units, int64_
     const auto add = [&](int64_t c, F(&to)[kSums]) {
       const F pixels = load(q + c * kLanes);
       for (int s = 0; s < kSums; ++s) {
-        to[s] = fma(pixels, kNorm && s == 0 ? pixels : broadcast(units[s * channels + c]), to[s]);
+        to[s] = fma(pixels, kNorm && s == 0 ? pixels : broadcast(units[(kNorm ? s - 1 : s) * channels + c]),
+                    to[s]);
       }
     };
     int64_t c = begin;
@@ -162,13 +165,13 @@ inline void add_many(const Problem& p, const Task& task, int64_t n, int64_t c0, 
       store(t.packed + i * count + c * kLanes, load(rows.data + c * rows.stride + i));
     }
   }
-  const float* units = task.units + c0 - p.channels;  // of the first sum, which has none
   for (int64_t i = 0; i < n; i += kLanes) {
     const float* q = t.packed + i * count;
     const auto add = [&](auto number, auto norm, int64_t s) {
-      add_packed<decltype(number)::value, decltype(norm)::value>(q, count, units + s * p.channels, p.channels,
-                                                                 t.inverse + s * tile + i,
-                                                                 t.part + s * tile + i, tile);
+      constexpr bool kNorm = decltype(norm)::value;  // sum 0; sum s is of unit vector s - 1
+      const float* units = task.units + (kNorm ? 0 : s - 1) * p.channels + c0;
+      add_packed<decltype(number)::value, kNorm>(q, count, units, p.channels, t.inverse + s * tile + i,
+                                                 t.part + s * tile + i, tile);
     };
     add(Constant<4>{}, Constant<true>{}, 0);
     int64_t s = 4;
@@ -251,7 +254,7 @@ inline void forward(const Problem& p, const Task& task) {
 
 // With g the gradient to the cosines, u the unit prototypes and q a query vector of unit v:
 //   gradient to u: sum of g v;  to q: (sum of g u - v (g . cosine)) / |q|
-// t.back becomes g / |q|, t.inverse (g . cosine) / |q|^2.
+// t.back becomes g / |q|, t.along, which is where the cosines were, (g . cosine) / |q|.
 inline void prepare_back(const Problem& p, const Task& task, int64_t first, int64_t n, const Tile& t) {
   for (int64_t s = 0; s < p.slots; ++s) {
     const float* grad = p.grad + task.image * p.grad_stride[0] + s * p.grad_stride[1];
@@ -270,7 +273,7 @@ inline void prepare_back(const Problem& p, const Task& task, int64_t first, int6
       along = fma(load(back), load(t.cosine + s * task.tile + i), along);
       store(back, load(back) * inverse);
     }
-    store(t.inverse + i, along * inverse * inverse);
+    store(t.along + i, along * inverse);
   }
 }
 
@@ -307,9 +310,9 @@ inline void backward_rows(const Problem& p, const Task& task, int64_t first, int
     }
     float* result = t.part;  // [kGroup, tile]
     for (int64_t i = 0; i < padded; i += kLanes) {
-      const F along = load(t.inverse + i);
+      const F inverse = load(t.inverse + i), along = load(t.along + i);
       F g[kGroup];
-      for (int64_t j = 0; j < kGroup; ++j) g[j] = -load(row[j] + i) * along;
+      for (int64_t j = 0; j < kGroup; ++j) g[j] = -(load(row[j] + i) * inverse) * along;
       for (int64_t s = 0; s < p.slots; ++s) {
         const F back = load(t.back + s * tile + i);
         for (int64_t j = 0; j < kGroup; ++j) g[j] = fma(back, broadcast(units[j][s * p.channels]), g[j]);
@@ -339,7 +342,7 @@ inline void backward_pixels(const Problem& p, const Task& task, int64_t first, i
   float* result = t.rows + p.channels;
   for (int64_t i = 0; i < n; ++i) {
     const float* q = read_pixel(p, task, first + i, t.rows);
-    for (int64_t c = 0; c < p.channels; ++c) result[c] = -q[c] * t.inverse[i];
+    for (int64_t c = 0; c < p.channels; ++c) result[c] = -(q[c] * t.inverse[i]) * t.along[i];
     for (int64_t s = 0; s < p.slots; ++s) {
       const float back = t.back[s * task.tile + i];
       const float* unit = units + s * p.channels;

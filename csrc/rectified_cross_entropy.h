@@ -52,6 +52,12 @@ inline upsample::Plan plan(const upsample::Grid& grid, const upsample::Grid& map
   return p;
 }
 
+// Of all threads, and what they share.
+inline int64_t workspace_bytes(const upsample::Grid& grid, const upsample::Grid& maps,
+                               const upsample::Plan& p, int64_t threads, bool ohem) {
+  return upsample::workspace_bytes(grid, p, threads, ohem ? kHistogram : 0) + upsample::table_bytes(maps);
+}
+
 // `passes` over the pixels without a gradient come before the last (OHEM: two).
 inline Work work(const upsample::Grid& grid, const upsample::Grid& maps, const upsample::Plan& p,
                  int64_t batch, int64_t logit_bytes, int64_t label_bytes, int64_t map_bytes, bool gradient,

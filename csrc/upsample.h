@@ -43,6 +43,7 @@ class Tables {
   Grid grid;
 
   explicit Tables(const Grid& shape) : grid(shape) {
+    if (grid.planes == 0) return;
     const int64_t n = padded(grid.width);
     low_.resize(n, 0);
     high_.resize(n, 0);
@@ -72,7 +73,7 @@ class Tables {
   std::vector<float> weight_low_, weight_high_;
 };
 
-inline int64_t table_bytes(const Grid& g) { return 16 * padded(g.width); }
+inline int64_t table_bytes(const Grid& g) { return g.planes > 0 ? 16 * padded(g.width) : 0; }
 
 // What a task is given.
 struct Task {

@@ -126,6 +126,14 @@ MANY: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
         "rectified_cross_entropy",
         lambda: _rectified(ohem_threshold=0.7),
     ),
+    "rectified_cross_entropy-many_columns": (
+        "rectified_cross_entropy",
+        lambda: {
+            "logits": torch.randn(1, 4, 1, 2**16),
+            "labels": _labels(1, 1, 2**18, classes=4),
+            "similarity": torch.rand(1, 1, 1, 2**16),
+        },
+    ),
     "predict-many": (
         "predict",
         lambda: {
@@ -177,6 +185,21 @@ def extra_mib(name: str, impl: str, inputs: dict[str, Any]) -> float:
     return max(measure(step) for step in ((forward, both) if operator.differentiable else (forward,)))
 
 
+def planned_mib(name: str, inputs: dict[str, Any]) -> float:
+    """What the launcher says that it will take."""
+    from cisc_ext import _build  # only there once the extension is built
+
+    shapes = {
+        key: tuple(getattr(x, "shape", x)) for key, x in inputs.items() if isinstance(x, (Tensor, tuple))
+    }
+    ohem = "ohem_threshold" in inputs
+    made = [
+        _build.plan(name, shapes, backward=backward, threads=MANY_THREADS, ohem=ohem)["workspace_bytes"]
+        for backward in (False, True)
+    ]
+    return max(made) / MIB
+
+
 def self_test() -> dict[str, float]:
     """The measurement itself: 40 MiB held for a moment, and 40 MiB returned."""
     return {
@@ -204,7 +227,9 @@ def main() -> None:
         if all(one.name != "cpp" or one.obstacles(CPU) for one in OPERATORS[name].implementations):
             continue
         torch.manual_seed(0)
-        result[f"{key}-cpp"] = extra_mib(name, "cpp", make())
+        inputs = make()
+        result[f"{key}-cpp"] = extra_mib(name, "cpp", inputs)
+        result[f"{key}-planned"] = planned_mib(name, inputs)
     print(json.dumps(result))
 
 

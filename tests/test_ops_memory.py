@@ -56,3 +56,10 @@ def test_extra_memory(case: str, measured: dict[str, float]) -> None:
         pytest.skip("; ".join(reasons))
     assert operator.extra_bytes_cpu <= EXTRA_BYTES_CPU
     assert measured[case] <= operator.extra_bytes_cpu / MIB + UNCERTAIN_MIB
+
+
+@pytest.mark.parametrize("key", MANY)
+def test_plans_cover_what_is_measured(key: str, measured: dict[str, float]) -> None:
+    if f"{key}-planned" not in measured:
+        pytest.skip("no compiled operators")
+    assert measured[f"{key}-cpp"] <= measured[f"{key}-planned"] + UNCERTAIN_MIB

@@ -168,6 +168,25 @@ def test_tiny_eps(operator: Operator, implementation: Implementation, device: st
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("size", "lost"), [(1e-20, 1e-4), (2e18, 1e-6)])
+@pytest.mark.parametrize(("operator", "implementation"), RUNS)
+def test_gradient_of_very_short_and_long_vectors(
+    operator: Operator, implementation: Implementation, size: float, lost: float, device: str
+) -> None:
+    """It goes with 1 / norm; the square of that is beyond float32. Squares of the short ones are rounded."""
+    if operator.name != "prototype_similarity":
+        pytest.skip("of prototype_similarity")
+    query, prototypes = torch.randn(1, 20, 3, 7, device=device), torch.randn(1, 5, 20, device=device)
+    skip_unless_able(operator, implementation, {"query": query})
+    for layout in (torch.contiguous_format, torch.channels_last):
+        scaled = (query * size).contiguous(memory_format=layout)
+        inputs = {"query": scaled, "prototypes": prototypes, "eps": 1e-30}
+        want = run(ops.prototype_similarity, as_dtype(inputs, torch.float64), ("query",))["grad_query"]
+        got = run(ops.prototype_similarity, inputs | {"impl": implementation.name}, ("query",))["grad_query"]
+        assert_close(got.double(), want, lost, what="gradient")
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("operator", "implementation"), RUNS)
 def test_gradients_below_the_normal_range(
     operator: Operator, implementation: Implementation, device: str

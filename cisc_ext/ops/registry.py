@@ -21,8 +21,8 @@ EXTRA_BYTES_CPU = 64 * 2**20
 
 A gradient made in the forward pass is one, in float32 until it is scaled. The references hold whole rows of
 labels and upsampled logits: the bound is theirs up to about 2**20 numbers, classes times width, in a row. The
-compiled kernels keep to it on any number of threads, up to 2**16 classes or maps, and in prototype_similarity
-2**21 numbers in the prototypes of an image.
+compiled kernels keep to it on any number of threads: with labels no smaller than maps or logits and up to
+2**18 wide, up to 2**16 classes or maps, and in prototype_similarity 2**21 numbers in an image's prototypes.
 """
 
 _log = logging.getLogger("cisc_ext.ops")
