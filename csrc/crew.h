@@ -66,12 +66,18 @@ class Crew {
     }
   }
 
-  // f(thread, begin, end), each thread with a number of its own and once
+  // f(thread, begin, end) for `items`, each thread with a number of its own and once
+  template <typename Function>
+  void run(int64_t items, const Function& f) const {
+    std::atomic<int64_t> next{0};
+    parallel_for(0, items, std::max<int64_t>((items + size_ - 1) / size_, 1),
+                 [&](int64_t begin, int64_t end) { f(next.fetch_add(1), begin, end); });
+  }
+
+  // The same for all items.
   template <typename Function>
   void run(const Function& f) const {
-    std::atomic<int64_t> next{0};
-    parallel_for(0, items_, std::max<int64_t>((items_ + size_ - 1) / size_, 1),
-                 [&](int64_t begin, int64_t end) { f(next.fetch_add(1), begin, end); });
+    run(items_, f);
   }
 
  private:

@@ -26,7 +26,6 @@ struct Plan {
   int64_t channels;  // channels summed at once
   int64_t blocks;    // of kBlock pixels, in one piece
   int64_t bytes;     // workspace shared by all threads
-  int64_t items;     // most that threads share, in any of the steps
 };
 
 // Features [C,h,w], `slots` <= kMaxClasses distinct classes.
@@ -44,7 +43,6 @@ inline Plan plan(int64_t channels, int64_t height, int64_t width, int64_t slots)
             + p.blocks * (slots + 1) * 4  // which classes a block holds
             + p.channels * slots * 8      // sums
             + slots * 32;                 // classes, counts, scales
-  p.items = std::max(p.rows, channels);
   return p;
 }
 
@@ -54,9 +52,13 @@ inline int64_t pooling_bytes(int64_t slots) { return 8 * slots * kPlanes; }
 inline int64_t scattering_bytes(int64_t slots) { return 12 * slots; }
 
 // Of all threads, and what they share.
-inline int64_t workspace_bytes(const Plan& p, int64_t slots, int64_t threads) {
-  const int64_t each = pooling_bytes(std::max<int64_t>(slots, 1));  // the most
-  return p.bytes + crew_size(threads, p.items, each, kPoolCrewBytes) * each;
+inline int64_t workspace_bytes(const Plan& p, int64_t channels, int64_t slots, int64_t threads) {
+  const auto crew = [&](int64_t items, int64_t each) {
+    return crew_size(threads, items, each, kPoolCrewBytes) * each;
+  };
+  return p.bytes + std::max({crew(p.rows, counting_bytes(slots)),
+                             crew((p.channels + kPlanes - 1) / kPlanes, pooling_bytes(slots)),
+                             crew(channels, scattering_bytes(slots))});
 }
 
 // With a class in every block at most; what labels leave out is not known before.

@@ -148,7 +148,7 @@ py::dict plan(const std::string& op, const Shapes& shapes, const std::string& dt
     tile["feature_rows"] = p.rows;
     tile["feature_columns"] = p.columns;
     tile["channels"] = p.channels;
-    return described(tile, ns::workspace_bytes(p, slots, threads),
+    return described(tile, ns::workspace_bytes(p, features[1], slots, threads),
                      ns::work(p, features[0], features[1], features[2], features[3], labels[1] * labels[2],
                               slots, bytes, kLabelBytes, backward));
   }

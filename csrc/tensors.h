@@ -104,14 +104,13 @@ template <typename Function>
 std::vector<int64_t> run_tasks(const Plan& plan, const Grid& grid, int64_t batch, float* grad, int64_t cells,
                                const Function& f) {
   const int64_t row = grid.planes * grid.w, image_floats = row * grid.h;
-  const Crew all(plan.images * plan.tasks, thread_bytes(plan, cells));
-  const auto workspaces = all.each<float>(plan.thread_floats);
-  const auto counts = all.zeros<int64_t>(cells);
+  const Crew crew(plan.images * plan.tasks, thread_bytes(plan, cells));
+  const auto workspaces = crew.each<float>(plan.thread_floats);
+  const auto counts = crew.zeros<int64_t>(cells);
   const std::unique_ptr<float[]> carry(grad != nullptr ? new float[plan.carry_floats] : nullptr);
   for (int64_t first = 0; first < batch; first += plan.images) {
     const int64_t count = std::min(plan.images, batch - first) * plan.tasks;
-    const Crew crew(count, thread_bytes(plan, cells));  // not larger than `all`
-    crew.run([&](int64_t thread, int64_t begin, int64_t end) {
+    crew.run(count, [&](int64_t thread, int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         Task task;
         task.image = first + i / plan.tasks;
@@ -140,7 +139,7 @@ std::vector<int64_t> run_tasks(const Plan& plan, const Grid& grid, int64_t batch
     }
   }
   std::vector<int64_t> sums(static_cast<size_t>(cells), 0);
-  all.add_all(counts, cells, sums.data());
+  crew.add_all(counts, cells, sums.data());
   return sums;
 }
 

@@ -24,11 +24,18 @@ DEVICES = [
 SAMPLES = {
     (name, sample.name): sample for name, operator in OPERATORS.items() for sample in operator.samples()
 }
-RUNS = [
-    pytest.param(operator, implementation, id=f"{operator.name}-{implementation.name}")
-    for operator in OPERATORS.values()
-    for implementation in operator.implementations
-]
+
+
+def runs_of(*names: str) -> list[Any]:
+    """Operators with each of their implementations, as parameters of a test."""
+    return [
+        pytest.param(OPERATORS[name], implementation, id=f"{name}-{implementation.name}")
+        for name in names
+        for implementation in OPERATORS[name].implementations
+    ]
+
+
+RUNS = runs_of(*OPERATORS)
 CASES = [
     pytest.param(operator, implementation, sample, id=f"{operator.name}-{implementation.name}-{sample.name}")
     for operator in OPERATORS.values()

@@ -426,6 +426,26 @@ def test_gate_stops_a_part_at_its_limit(tmp_path: Path, monkeypatch: pytest.Monk
     assert part["returncode"] is None and part["seconds"] < 30
 
 
+def test_facts_tell_no_folder_and_the_commit_of_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CISC_COMMIT", "0123abc")
+    facts = machine.facts("benchmarks.step", ["--json", str(Path("/somewhere/step.json")), "--crop", "33"])
+    assert facts["commit"] == "0123abc"
+    assert facts["command"] == "python -m benchmarks.step --json step.json --crop 33"
+
+
+def test_methods_refuses_what_a_device_lacks(
+    few_scenes: tuple[Path, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for there, more, message in (
+        (False, ["--device", "cuda"], "torch sees no NVIDIA GPU"),
+        (True, ["--device", "cuda", "--only", "stpp"], "--only: on cuda must be of sup, cisc-r, got stpp"),
+    ):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        with pytest.raises(SystemExit):
+            methods.main(["--data-root", str(few_scenes[0]), *more])
+        assert message in capsys.readouterr().err
+
+
 def test_methods_runs_and_goes_on(few_scenes: tuple[Path, Path], tmp_path: Path) -> None:
     scenes, lists = map(str, few_scenes)
     result = tmp_path / "methods.json"

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from numerics import assert_close, assert_equal, assert_rounding
-from opcases import DEVICES, RUNS, as_dtype, run, skip_unless_able
+from opcases import DEVICES, as_dtype, run, runs_of, skip_unless_able
 from torch import Tensor
 
 from benchmarks import naive as oracles
@@ -88,13 +88,11 @@ def test_query_pixel_that_is_not_finite(reduction: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("operator", "implementation"), RUNS)
+@pytest.mark.parametrize(("operator", "implementation"), runs_of("masked_average_pool"))
 def test_feature_that_is_not_finite_in_pooling(
     operator: Operator, implementation: Implementation, device: str
 ) -> None:
     """It reaches the prototypes to which it contributes, no others; with channels-last features too."""
-    if operator.name != "masked_average_pool":
-        pytest.skip("of masked_average_pool")
     features = torch.randn(2, 70, 5, 8, device=device)
     skip_unless_able(operator, implementation, {"features": features})
     labels = _halves(20, 32, device).repeat(2, 1, 1)
@@ -117,13 +115,11 @@ def test_feature_that_is_not_finite_in_pooling(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("operator", "implementation"), RUNS)
+@pytest.mark.parametrize(("operator", "implementation"), runs_of("masked_average_pool"))
 def test_gradient_that_is_not_finite_in_pooling(
     operator: Operator, implementation: Implementation, device: str
 ) -> None:
     """It reaches the pixels of its class and no others; the gradient of class -1 reaches none."""
-    if operator.name != "masked_average_pool":
-        pytest.skip("of masked_average_pool")
     features = torch.randn(1, 3, 5, 8, device=device, requires_grad=True)
     skip_unless_able(operator, implementation, {"features": features})
     labels = _halves(20, 32, device)
@@ -146,11 +142,9 @@ def test_gradient_that_is_not_finite_in_pooling(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("operator", "implementation"), RUNS)
+@pytest.mark.parametrize(("operator", "implementation"), runs_of("prototype_similarity"))
 def test_tiny_eps(operator: Operator, implementation: Implementation, device: str) -> None:
     """A zero vector has cosine 0 and gradient 0 even if float32 takes eps for 0."""
-    if operator.name != "prototype_similarity":
-        pytest.skip("of prototype_similarity")
     query, prototypes = torch.randn(1, 20, 3, 7, device=device), torch.randn(1, 2, 20, device=device)
     skip_unless_able(operator, implementation, {"query": query})
     query[:, :, 1, 2], prototypes[:, 1] = 0, 0
@@ -169,13 +163,11 @@ def test_tiny_eps(operator: Operator, implementation: Implementation, device: st
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("size", "lost"), [(1e-20, 1e-4), (2e18, 1e-6)])
-@pytest.mark.parametrize(("operator", "implementation"), RUNS)
+@pytest.mark.parametrize(("operator", "implementation"), runs_of("prototype_similarity"))
 def test_gradient_of_very_short_and_long_vectors(
     operator: Operator, implementation: Implementation, size: float, lost: float, device: str
 ) -> None:
     """It goes with 1 / norm; the square of that is beyond float32. Squares of the short ones are rounded."""
-    if operator.name != "prototype_similarity":
-        pytest.skip("of prototype_similarity")
     query, prototypes = torch.randn(1, 20, 3, 7, device=device), torch.randn(1, 5, 20, device=device)
     skip_unless_able(operator, implementation, {"query": query})
     for layout in (torch.contiguous_format, torch.channels_last):
@@ -187,13 +179,11 @@ def test_gradient_of_very_short_and_long_vectors(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("operator", "implementation"), RUNS)
+@pytest.mark.parametrize(("operator", "implementation"), runs_of("masked_average_pool"))
 def test_gradients_below_the_normal_range(
     operator: Operator, implementation: Implementation, device: str
 ) -> None:
     """bfloat16 holds such numbers as float32 does: rounded, not lost, wherever they lie in a row."""
-    if operator.name != "masked_average_pool":
-        pytest.skip("of masked_average_pool")
     labels, classes = (
         torch.zeros(1, 1, 37, dtype=torch.uint8, device=device),
         torch.zeros(1, 1, device=device),

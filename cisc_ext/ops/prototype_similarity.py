@@ -139,6 +139,7 @@ def _samples() -> Iterator[Sample]:
     for name, (b, c, s, h, w) in {
         "one_class": (2, 16, 1, 9, 9),
         "odd": (1, 7, 3, 5, 11),
+        "many_classes": (1, 70, 13, 5, 7),
         "one_pixel": (2, 3, 2, 1, 1),
         "no_classes": (1, 4, 0, 3, 3),
         "no_images": (0, 4, 2, 3, 3),
