@@ -1,6 +1,8 @@
-# Every target starts from nothing: it makes .venv, installs, builds csrc, and runs. PYTHON names another Python.
+# Every target starts from nothing: it makes .venv, installs, builds csrc, and runs. PYTHON names another Python,
+# LABELS a folder of PNG masks of real scenes for `bench`.
 PYTHON ?= python3
 OUT ?= benchmarks/results
+LABELS ?=
 TORCH := torch==2.13.0
 PY := .venv/bin/python
 SHELL := /bin/bash
@@ -52,6 +54,7 @@ bench: $(BUILT)  ## time and memory of a training step and of every kernel, into
 	    xargs $(PY) -m pip install --quiet --disable-pip-version-check || echo "rivals could not be installed" >&2
 	$(PY) -m benchmarks.step --json "$(OUT)/step_cpu.json"
 	$(PY) -m benchmarks.kernels --json "$(OUT)/kernels_cpu.json"
+	$(PY) -m benchmarks.similarity $(if $(LABELS),--labels "$(LABELS)") --json "$(OUT)/similarity_cpu.json"
 	$(PY) -m benchmarks.plots --json "$(OUT)/kernels_cpu.json"
 	$(PY) -m benchmarks.tables
 

@@ -27,6 +27,10 @@ class CannotRunError(RuntimeError):
     """A contender cannot run a case; the message is the reason."""
 
 
+class DisagreementError(RuntimeError):
+    """An implementation computes something else than the reference."""
+
+
 @dataclass(frozen=True)
 class Case:
     """`inputs` are on the device and in `dtype`."""
@@ -155,6 +159,19 @@ def disagreement(result: Result, expected: Result) -> float:
             )
         worst = error if not error <= worst else worst
     return worst
+
+
+def expected(case: Case, *, few: bool = False) -> Result:
+    """The reference's result in float32; with `few` for some pixels only, where that can be."""
+    wide = in_float32(case)
+    return implementation_call((narrowed(wide) if few else None) or wide, "reference")()
+
+
+def off(case: Case, result: Result, expected: Result) -> str | None:
+    """How far a result is off; None where it is as it should be."""
+    error = disagreement(matching(result, expected), expected)
+    limit = tolerance(case)
+    return None if error <= limit else f"{error:.1e} off the float32 reference, {limit:g} is allowed"
 
 
 def tolerance(case: Case) -> float:

@@ -11,7 +11,7 @@ Columns: time_ms, the median, and time_min_ms, the least, of `runs`; tflops and 
 bytes the call needs (`Operator.cost`) over the median; share_of_ceiling, the larger of their times at the
 machine's rates over the median; extra_mib, the most held beyond inputs, outputs and gradients, for
 "backward" together with forward; naive_mib, what the naive expression must hold; speedup, the median over the
-rounds of rival time / own time; a rival that takes long runs in fewer (`rival_runs`). `rivals_left_out` has
+rounds of rival time / own time; what takes long runs in fewer (`runs`, `rival_runs`). `rivals_left_out` has
 the reason for each rival that is not there. Passes:
 "forward"; "backward", autograd.grad from a graph that is there; "both", for losses whose gradient is made in
 forward.
@@ -43,14 +43,13 @@ from benchmarks.cases import (
     Call,
     CannotRunError,
     Case,
+    DisagreementError,
     Result,
-    disagreement,
+    expected,
     implementation_call,
-    in_float32,
     make_case,
-    matching,
     narrowed,
-    tolerance,
+    off,
 )
 from benchmarks.tables import aligned
 from cisc_ext.files import write_json
@@ -62,15 +61,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 OWN_LIMIT_S = 60.0
 """Longest run of an implementation."""
 _START_S = 30.0  # of a trial beyond its runs: imports, compilers
-_ROUNDS = 5
-_MOST_ROUNDS = 30
-_SLOW_S, _SLOW_ROUNDS = 0.5, 3
 _MEMORY_SHARE = 0.6
+_COMPILED_BYTES = 2**30  # that the naive expression holds
 _SLOW_TO_START = ("compile", "keops")
-
-
-class DisagreementError(RuntimeError):
-    """An implementation computes something else than the reference."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +102,7 @@ class Contender:
     def call(self, case: Case, *, whole: bool = False) -> Call:
         if not self.rival:
             return implementation_call(case, self.name, whole=whole)
-        (rival,) = (one for one in rivals.RIVALS[case.operator.name] if one.name == self.name)
-        return rival.make(case, whole, self.chunk)
+        return rivals.named(case, self.name).make(case, whole, self.chunk)
 
 
 _cached_case = lru_cache(maxsize=1)(make_case)
@@ -122,12 +114,31 @@ def trial(key: Key, contender: Contender, threads: int, limit_s: float) -> dict[
     torch.set_num_threads(threads)
     case = _cached_case(*key)
     call = contender.call(case, whole=True)
-    seconds = rivals.timed_s(call)
-    if seconds < _SLOW_S:  # the first run loads and compiles
-        seconds = min(seconds, rivals.timed_s(call))
-    counted = seconds <= limit_s and (case.device == "cuda" or measure.can_measure())
-    extra = measure.peak_extra_mib(call, device=case.device, warm_up=False) if counted else None
-    return {"seconds": seconds, "extra_mib": extra}
+    few = None if contender.rival else narrowed(case)
+    first_s = rivals.timed_s(call if few is None else contender.call(few, whole=True))  # loads and compiles
+    if few is None and first_s > limit_s:
+        return {"seconds": first_s, "extra_mib": None}
+    seconds, extra = _counted(call, case.device)
+    if few is not None and seconds < measure.SLOW_S:  # what is kept for the whole size is there by now
+        seconds, extra = _counted(call, case.device)
+    return {"seconds": seconds if few is not None else min(first_s, seconds), "extra_mib": extra}
+
+
+def _counted(call: Call, device: str) -> tuple[float, float | None]:
+    """Seconds of a run, and its most memory in MiB where that can be measured."""
+    seconds: list[float] = []
+
+    def timed() -> Result:
+        begin = time.perf_counter()
+        result = call()
+        seconds.append(time.perf_counter() - begin)
+        return result
+
+    if device != "cuda" and not measure.can_measure():
+        timed()
+        return seconds[0], None
+    extra = measure.peak_extra_mib(timed, device=device, warm_up=False)
+    return seconds[0], extra
 
 
 class Trials:
@@ -153,14 +164,9 @@ class Trials:
 
     def run(self, key: Key, contender: Contender, threads: int, limit_s: float) -> Any:
         if self.pool is None:
-            before = {name: os.environ.get(name) for name in measure.EXACT}
-            os.environ.update(measure.EXACT)
-            try:
+            with measure.environment(**measure.EXACT):
                 self.pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
                 self.pool.submit(os.getpid).result()
-            finally:
-                for name, value in before.items():
-                    os.environ.pop(name) if value is None else os.environ.update({name: value})
         try:
             # Memory that is given back at once takes time: the run that counts comes later, and is shorter.
             tried = self.pool.submit(trial, key, contender, threads, 2 * limit_s).result(
@@ -200,14 +206,6 @@ def _memory_cap() -> float:
     return _MEMORY_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 
 
-def _expected(case: Case, peak: float) -> Result:
-    """The reference's result in float32; for some pixels only where all would take too long."""
-    wide = in_float32(case)
-    if _least_s(case.operator.cost(case.inputs, case.passes).flops, peak) > rivals.LIMIT_S:
-        wide = narrowed(wide) or wide
-    return implementation_call(wide, "reference")()
-
-
 def _least_s(flops: int, tflops: float) -> float:
     return flops / (1e12 * tflops)
 
@@ -231,7 +229,7 @@ def _too_long(least_s: float, limit_s: float) -> str:
     return f"a run takes {least_s:.0f} s at the least, at the machine's rate; the limit is {limit_s:g} s"
 
 
-def _agreed(case: Case, contender: Contender, call: Call, expected: Result) -> str | None:
+def _agreed(case: Case, contender: Contender, call: Call, wanted: Result) -> str | None:
     """How far a result is off, or that it took too long; None where it is as it should be."""
     low_winners = (
         contender.rival
@@ -245,29 +243,13 @@ def _agreed(case: Case, contender: Contender, call: Call, expected: Result) -> s
         return _took_too_long(time.monotonic() - begin, rivals.LIMIT_S)
     if low_winners:  # a rival that normalises in low precision finds other winners, and other gradients
         return None
-    error = disagreement(matching(result, expected), expected)
-    limit = tolerance(case)
-    return None if error <= limit else f"{error:.1e} off the float32 reference, {limit:g} is allowed"
-
-
-def _best_chunk(case: Case, rival: rivals.Rival, settings: Settings, limit_s: float) -> Contender:
-    """The rival with the chunk that is fastest, on a part of the query where one can be taken."""
-    chunks = rival.chunks[:1] if settings.quick else rival.chunks
-    if len(chunks) == 1:
-        return Contender(rival.name, True, chunks[0])
-    seconds: dict[int, float] = {}
-    few = narrowed(case, max(chunks)) or case
-    for chunk in chunks:
-        call = rival.make(few, False, chunk)
-        first = rivals.timed_s(call)
-        seconds[chunk] = first if first > _SLOW_S else min(first, rivals.timed_s(call))
-    return Contender(rival.name, True, min(seconds, key=lambda chunk: seconds[chunk]))
+    return off(case, result, wanted)
 
 
 def _admit_rivals(
     case: Case,
     key: Key,
-    expected: Result,
+    wanted: Result,
     peak: float,
     settings: Settings,
     trials: Trials,
@@ -280,21 +262,25 @@ def _admit_rivals(
             if settings.quick and rival.name in _SLOW_TO_START:
                 raise CannotRunError("left out by --quick")
             if rival.name == "compile" and (
-                case.workload.ladder or case.dtype != torch.float32 or case.passes == "backward"
+                case.workload.ladder
+                or case.dtype != torch.float32
+                or case.passes == "backward"
+                or rivals.naive_bytes(case) > _COMPILED_BYTES
             ):
-                raise CannotRunError("compiled in float32 and for the crops only, backward not alone")
+                raise CannotRunError("compiled in float32, up to the size of the crops, backward not alone")
             reason = _too_large(case, rival, peak)
             if reason:
                 raise CannotRunError(reason)
             last = Contender(rival.name, True, rival.chunks[-1])
             tried = trials.run(key, last, settings.threads, rivals.LIMIT_S)
-            contender = _best_chunk(case, rival, settings, rivals.LIMIT_S)
+            chunk = rival.chunks[0] if settings.quick else rivals.best_chunk(case, rival)
+            contender = Contender(rival.name, True, chunk)
             if contender.chunk != rival.chunks[-1]:
                 tried = trials.run(key, contender, settings.threads, rivals.LIMIT_S)
             call = contender.call(case)
-            off = _agreed(case, contender, call, expected)
-            if off:
-                raise CannotRunError(off)
+            reason = _agreed(case, contender, call, wanted)
+            if reason:
+                raise CannotRunError(reason)
             entries.append(Entry(contender, call, tried["extra_mib"]))
         except CannotRunError as error:
             left_out[rival.name] = str(error)
@@ -302,16 +288,14 @@ def _admit_rivals(
 
 
 def _time_in_turn(entries: list[Entry], settings: Settings) -> None:
-    """Rounds of all contenders until the budget is spent, `_ROUNDS` at least; the slow run in fewer."""
-    begin = time.monotonic()
-    rounds = 2 if settings.quick else _ROUNDS
-    for number in range(2 if settings.quick else _MOST_ROUNDS):
-        if number >= rounds and time.monotonic() - begin > settings.budget_s:
-            break
-        for entry in entries:
-            slow = entry.contender.rival and bool(entry.times) and entry.times[0] > 1e3 * _SLOW_S
-            if not slow or number < _SLOW_ROUNDS:
-                entry.times.append(measure.time_ms(entry.call, device=settings.device))
+    times = measure.times_in_turn(
+        [entry.call for entry in entries],
+        device=settings.device,
+        budget_s=settings.budget_s,
+        quick=settings.quick,
+    )
+    for entry, of_entry in zip(entries, times, strict=True):
+        entry.times = of_entry
 
 
 def _rounded(value: float | None, digits: int) -> float | None:
@@ -368,7 +352,8 @@ def measure_case(
     off."""
     case = make_case(*key)
     peak = ceiling["flops"][case.dtype_name]
-    expected = _expected(case, peak)
+    least_s = _least_s(case.operator.cost(case.inputs, case.passes).flops, peak)
+    wanted = expected(case, few=least_s > rivals.LIMIT_S)
     own: list[Entry] = []
     for implementation in case.operator.implementations:
         if names and implementation.name not in names:
@@ -382,22 +367,21 @@ def measure_case(
                 raise CannotRunError("; ".join(reasons))
             # The reference is plain torch as well: it has the rivals' limit.
             limit_s = rivals.LIMIT_S if implementation.name == "reference" else OWN_LIMIT_S
-            least = _least_s(case.operator.cost(case.inputs, case.passes).flops, peak)
-            if least > limit_s:
-                raise CannotRunError(_too_long(least, limit_s))
+            if least_s > limit_s:
+                raise CannotRunError(_too_long(least_s, limit_s))
             tried = trials.run(key, contender, settings.threads, limit_s)
         except CannotRunError as error:
             left_out.append({**head, "reason": str(error)})
             continue
         call = contender.call(case)
-        off = _agreed(case, contender, call, expected)
-        if off:
-            raise DisagreementError(f"{' '.join(key[:4])}: {implementation.name} is {off}")
+        reason = _agreed(case, contender, call, wanted)
+        if reason:
+            raise DisagreementError(f"{' '.join(key[:4])}: {implementation.name} is {reason}")
         own.append(Entry(contender, call, tried["extra_mib"]))
     if not own:
         return []
-    others, reasons_of = _admit_rivals(case, key, expected, peak, settings, trials)
-    del expected
+    others, reasons_of = _admit_rivals(case, key, wanted, peak, settings, trials)
+    del wanted
     _time_in_turn([*own, *others], settings)
     return [_row(case, entry, others, reasons_of, ceiling) for entry in own]
 
@@ -450,7 +434,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return flags
 
 
-def _instruction_set() -> str | None:
+def instruction_set() -> str | None:
     """What the compiled operators use on this CPU."""
     if not _library.LOADED:
         return None
@@ -491,7 +475,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         **facts,
         "device": flags.device,
         "quick": flags.quick,
-        "cisc_isa": _instruction_set(),
+        "cisc_isa": instruction_set(),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "ceilings": ceiling,
         "left_out": left_out,

@@ -10,7 +10,7 @@ import gc
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -24,6 +24,10 @@ _CLEAR = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"
 EXACT = {"MALLOC_MMAP_THRESHOLD_": "524288"}
 """Environment of a process whose freed blocks leave the resident set at once, at the cost of page faults."""
+SLOW_S, LONG_S = 0.5, 5.0
+"""A run that takes this long is timed less often."""
+_ROUNDS, _SLOW_ROUNDS, _LONG_ROUNDS = 5, 3, 2
+_MOST_ROUNDS = 30
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _MIB = 2**20
 _FLUSH_BYTES = 256 * _MIB
@@ -72,6 +76,29 @@ def time_ms(fn: Callable[[], Any], *, device: str = "cpu") -> float:
     return 1e3 * (time.perf_counter() - begin)
 
 
+def times_in_turn(
+    calls: Sequence[Callable[[], Any]], *, device: str = "cpu", budget_s: float = 1.0, quick: bool = False
+) -> list[list[float]]:
+    """Milliseconds of each call by round: rounds of all until the budget is spent, `_ROUNDS` at least; what
+    is slow runs in the first few only."""
+    times: list[list[float]] = [[] for _ in calls]
+    begin = time.monotonic()
+    rounds = 2 if quick else _ROUNDS
+    for number in range(2 if quick else _MOST_ROUNDS):
+        if number >= rounds and time.monotonic() - begin > budget_s:
+            break
+        for call, of_call in zip(calls, times, strict=True):
+            if number < _most_rounds(of_call):
+                of_call.append(time_ms(call, device=device))
+    return times
+
+
+def _most_rounds(times: Sequence[float]) -> int:
+    """How often a call is timed, by its first time."""
+    seconds = 1e-3 * times[0] if times else 0.0
+    return _LONG_ROUNDS if seconds > LONG_S else _SLOW_ROUNDS if seconds > SLOW_S else _MOST_ROUNDS
+
+
 @lru_cache(maxsize=1)
 def _flush(device: str) -> Tensor:
     """More than any cache holds; kept, since touching new pages takes longer than writing."""
@@ -81,6 +108,18 @@ def _flush(device: str) -> Tensor:
 def can_measure() -> bool:
     """Whether the peak of the resident set can be reset and read here."""
     return sys.platform == "linux" and _CLEAR.exists()
+
+
+@contextmanager
+def environment(**values: str) -> Iterator[None]:
+    """These variables for the processes that are started meanwhile."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 @contextmanager

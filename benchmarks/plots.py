@@ -2,8 +2,9 @@
 
     python -m benchmarks.plots [--json FILE] [--out DIR]
 
-Writes kernels_time_DEVICE.svg and kernels_memory_DEVICE.svg, the same bytes each time. Broken lines are what
-the naive expression must hold, computed; where that is more than the machine has, there is a wall.
+Writes kernels_time_DEVICE.svg and kernels_memory_DEVICE.svg, and similarity_DEVICE.svg with cross_similarity
+alone, the same bytes each time. Broken lines are what the naive expression must hold, computed; where that is
+more than the machine has, there is a wall. A rival's line ends where it takes longer than its limit.
 """
 
 from __future__ import annotations
@@ -27,16 +28,22 @@ Row = dict[str, Any]
 Points = list[tuple[int, float]]
 
 STYLES = {
-    "triton": ("#8e44ad", "D"),
-    "cpp": ("#c0392b", "o"),
-    "reference": ("#2c3e50", "s"),
-    "chunked": ("#2980b9", "^"),
-    "naive": ("#7f8c8d", "v"),
+    "triton": ("triton", "#8e44ad", "D"),
+    "cpp": ("cpp", "#c0392b", "o"),
+    "reference": ("reference", "#2c3e50", "s"),
+    "chunked": ("torch in chunks", "#2980b9", "^"),
+    "naive": ("torch, naive", "#7f8c8d", "v"),
+    "brgemm": ("torch's brgemm", "#16a085", "<"),
+    "faiss": ("faiss", "#d68910", ">"),
+    "keops": ("KeOps", "#6e2c00", "x"),
 }
-"""Colour and mark of each line: implementations, then the rivals that run at every size."""
+"""Name, colour and mark of each line: implementations, then rivals."""
 _STRIDE = 4
 _COLUMNS = 3
-_TIME, _MEMORY = "time in ms", "memory beyond inputs and outputs in MiB"
+_WIDTH, _ASPECT = 9.0, 0.9  # inches of a picture; height of a panel over its width
+_ENTRIES, _LINE = 5, 0.2  # of the legend: in a line, inches of a line
+_ALONE = "cross_similarity"
+_TIME, _MEMORY = "time in ms", "extra memory in MiB"
 
 
 def image_pixels(row: Row) -> int:
@@ -77,9 +84,11 @@ def lines(rows: Sequence[Row], of_memory: bool) -> dict[str, Points]:
 def unmeasured(result: Row, op: str) -> list[Row]:
     """Images at which nothing ran within its limit: what the naive expression would need there."""
     needs = []
+    ran = {row["workload"] for row in panels(result["rows"]).get(op, ())}
     for left in result.get("left_out", []):
         case = (left["op"], left["workload"], left["dtype"], left["pass"])
-        if left["op"] == op and left["workload"].startswith("image_") and left["dtype"] == "float32":
+        of_image = left["workload"].startswith("image_") and left["workload"] not in ran
+        if left["op"] == op and of_image and left["dtype"] == "float32":
             made = make_case(*case, "cpu")
             needs.append({**left, "shape": made.workload.shape, "naive_mib": naive_bytes(made) / 2**20})
     return needs
@@ -95,56 +104,65 @@ def wall(rows: Sequence[Row], memory_mib: float) -> float | None:
     return None
 
 
-def draw(result: Row, of_memory: bool, path: Path) -> None:
+def draw(result: Row, shown: Sequence[tuple[str, bool]], columns: int, path: Path) -> None:
+    """A picture with a panel for each operator in `shown`, of its memory or else of its time."""
     import matplotlib
 
     matplotlib.use("svg")
     from matplotlib import pyplot
 
     by_op = panels(result["rows"])
-    if not by_op:
-        raise ValueError("expected rows of images, found none")
-    memory_mib = 1024 * result["machine"]["memory_gib"]
     with matplotlib.rc_context():
         matplotlib.rc("svg", hashsalt="cisc_ext", fonttype="none")
         matplotlib.rc("font", size=8)
         matplotlib.rc("axes", grid=True)
         matplotlib.rc("grid", linewidth=0.3)
-        count = -(-len(by_op) // _COLUMNS)
-        figure, axes = pyplot.subplots(count, _COLUMNS, figsize=(9, 2.7 * count), squeeze=False)
-        for axis in axes.flat[len(by_op) :]:
+        count = -(-len(shown) // columns)
+        height = count * _ASPECT * _WIDTH / columns
+        figure, axes = pyplot.subplots(count, columns, figsize=(_WIDTH, height), squeeze=False)
+        for axis in axes.flat[len(shown) :]:
             axis.set_visible(False)
-        shown: dict[str, Any] = {}
-        for axis, (op, rows) in zip(axes.flat, by_op.items(), strict=False):
-            for name, points in lines(rows, of_memory).items():
-                colour, mark = STYLES[name]
-                (line,) = axis.loglog(*zip(*points, strict=True), color=colour, marker=mark, markersize=3)
-                shown.setdefault(name, line)
-            rows = rows + unmeasured(result, op)
-            if of_memory:
-                needs = sorted({(image_pixels(row), row["naive_mib"]) for row in rows})
-                (line,) = axis.loglog(
-                    *zip(*needs, strict=True), color=STYLES["naive"][0], linestyle="--", linewidth=0.9
-                )
-                shown.setdefault("naive, computed", line)
-            limit = wall(rows, memory_mib)
-            if limit is not None:
-                line = axis.axvline(limit, color="black", linestyle=":", linewidth=1)
-                shown.setdefault(f"naive needs more than {memory_mib / 1024:.0f} GiB", line)
-            axis.set_title(f"{op}, {'with gradient' if _pass(rows) == 'both' else 'forward'}")
-            ticks = {image_pixels(row): row["workload"].split("_")[1] for row in rows}
-            axis.set_xticks([*ticks], [*ticks.values()])
-            axis.minorticks_off()
-            axis.set_xlabel("image, pixels")
-        for axis in axes[:, 0]:
-            axis.set_ylabel(_MEMORY if of_memory else _TIME)
-        figure.legend(shown.values(), shown.keys(), loc="lower center", ncol=len(shown), frameon=False)
-        figure.tight_layout(rect=(0, 0.05, 1, 1))
+        legend: dict[str, Any] = {}
+        for number, (axis, (op, of_memory)) in enumerate(zip(axes.flat, shown, strict=False)):
+            _draw_panel(axis, result, by_op[op], op, of_memory, legend)
+            if number % columns == 0 or of_memory != shown[number - 1][1]:
+                axis.set_ylabel(_MEMORY if of_memory else _TIME)
+        order = [label for label, *_ in STYLES.values()]
+        labels = sorted(legend, key=lambda label: order.index(label) if label in order else len(order))
+        handles = [legend[label] for label in labels]
+        figure.legend(handles, labels, loc="lower center", ncol=min(_ENTRIES, len(labels)), frameon=False)
+        figure.tight_layout(rect=(0, _LINE * -(-len(labels) // _ENTRIES) / height, 1, 1))
         atomic_write(
             path,
             lambda stream: figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None}),
         )
         pyplot.close(figure)
+
+
+def _draw_panel(
+    axis: Any, result: Row, rows: list[Row], op: str, of_memory: bool, legend: dict[str, Any]
+) -> None:
+    memory_mib = 1024 * result["machine"]["memory_gib"]
+    for name, points in lines(rows, of_memory).items():
+        label, colour, mark = STYLES[name]
+        (line,) = axis.loglog(*zip(*points, strict=True), color=colour, marker=mark, markersize=3)
+        legend.setdefault(label, line)
+    axis.set_title(f"{op}, {'with gradient' if _pass(rows) == 'both' else 'forward'}")
+    rows = rows + unmeasured(result, op)
+    if of_memory:
+        needs = sorted({(image_pixels(row), row["naive_mib"]) for row in rows})
+        (line,) = axis.loglog(
+            *zip(*needs, strict=True), color=STYLES["naive"][1], linestyle="--", linewidth=0.9
+        )
+        legend.setdefault("naive, computed", line)
+    limit = wall(rows, memory_mib)
+    if limit is not None:
+        line = axis.axvline(limit, color="black", linestyle=":", linewidth=1)
+        legend.setdefault(f"naive needs more than {memory_mib / 1024:.0f} GiB", line)
+    ticks = {image_pixels(row): row["workload"].split("_")[1] for row in rows}
+    axis.set_xticks([*ticks], [*ticks.values()])
+    axis.minorticks_off()
+    axis.set_xlabel("image, pixels")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -155,8 +173,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = parser.parse_args(arguments)
     try:
         result = json.loads(flags.json.read_text())
+        ops = [*panels(result["rows"])]
+        if not ops:
+            raise ValueError("expected rows of images, found none")
         for name, of_memory in (("time", False), ("memory", True)):
-            draw(result, of_memory, flags.out / f"kernels_{name}_{result['device']}.svg")
+            path = flags.out / f"kernels_{name}_{result['device']}.svg"
+            draw(result, [(op, of_memory) for op in ops], _COLUMNS, path)
+        if _ALONE in ops:
+            draw(
+                result, [(_ALONE, False), (_ALONE, True)], 2, flags.out / f"similarity_{result['device']}.svg"
+            )
     except (OSError, ValueError) as error:
         print(f"error: {flags.json}: {error}", file=sys.stderr)
         return 1

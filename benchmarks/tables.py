@@ -54,6 +54,16 @@ _KERNELS = {
     "least": "x best rival",
     "rival": "best rival",
 }
+_SIMILARITY = {
+    "what": "what",
+    "dtype": "dtype",
+    "impl": "by",
+    "time_ms": "ms",
+    "tflops": "TFLOP/s",
+    "extra_mib": "extra MiB",
+    "against": "against",
+    "ratio": "ratio",
+}
 COLUMNS: dict[str, dict[str, str]] = {
     "step": _STEP,
     "step_cuda": _STEP,
@@ -61,6 +71,7 @@ COLUMNS: dict[str, dict[str, str]] = {
     "methods_cuda": _METHODS,
     "kernels": _KERNELS,
     "kernels_cuda": _KERNELS,
+    "similarity": _SIMILARITY,
 }
 """Per table the keys of a row to show, and their headings; a table that is not here shows every key."""
 
@@ -88,6 +99,7 @@ CHOSEN: dict[str, Callable[[Sequence[Row]], list[Row]]] = {"kernels": _kernels, 
 SOURCES = {
     "kernels": RESULTS / "kernels_cpu.json",
     "kernels_cuda": RESULTS / "kernels_cuda.json",
+    "similarity": RESULTS / "similarity_cpu.json",
     "step": RESULTS / "step_cpu.json",
     "step_cuda": RESULTS / "step_cuda.json",
     "methods": RESULTS / "methods_camvid.json",
@@ -139,7 +151,7 @@ def table(name: str, path: Path) -> str:
     where = (
         machine["gpu"] if result.get("device") == "cuda" else f"{machine['cpu']}, {result['threads']} threads"
     )
-    command = re.sub(r"(--data-root) \S+", r"\1 DATA", result["command"])
+    command = re.sub(r"(--data-root|--labels) ('[^']*'|\S+)", r"\1 DATA", result["command"])
     return f"{markdown(name, result['rows'])}\n\n{where}, torch {versions['torch']}: `{command}`"
 
 

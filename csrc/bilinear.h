@@ -1,4 +1,5 @@
-// Bilinear sampling along one axis, exactly. Shared by host and device code; needs no torch header.
+// Sampling along one axis, bilinear or nearest, exactly. Shared by host and device code; needs no torch
+// header.
 #pragma once
 
 #include <cstdint>
@@ -51,6 +52,11 @@ CISC_HD Tap bilinear_tap(int64_t dst, int64_t in, int64_t out, bool align_corner
   tap.high = last ? in - 1 : tap.low + 1;
   tap.low = last ? in - 1 : tap.low;
   return tap;
+}
+
+// Input pixel that output pixel `dst` takes by "nearest-exact": floor((dst + 1/2) in / out), in integers.
+CISC_HD int64_t nearest_source(int64_t dst, int64_t in, int64_t out) {
+  return (2 * dst + 1) * in / (2 * out);
 }
 
 // First output pixel whose `low` is at least `index`; `out` if there is none. `low` never falls along the

@@ -59,11 +59,11 @@ inline void check_features(const char* op, const char* name, ScalarType dtype) {
               "float32, bfloat16 or float16");
 }
 
-inline void check_labels(const char* op, const Tensor& labels) {
-  check_rank(op, "labels", labels, 3, "[B,H,W]");
-  check_dtype(op, "labels", labels.scalar_type(), {ScalarType::Byte, ScalarType::Int, ScalarType::Long},
+inline void check_labels(const char* op, const Tensor& labels, const char* name = "labels") {
+  check_rank(op, name, labels, 3, "[B,H,W]");
+  check_dtype(op, name, labels.scalar_type(), {ScalarType::Byte, ScalarType::Int, ScalarType::Long},
               "uint8, int32 or int64");
-  check_cpu(op, "labels", labels);
+  check_cpu(op, name, labels);
 }
 
 inline void check_classes(const char* op, const Tensor& classes) {

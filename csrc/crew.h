@@ -80,6 +80,15 @@ class Crew {
     run(items_, f);
   }
 
+  // f(thread, item) for `items`, each of which the next free thread takes.
+  template <typename Function>
+  void share(int64_t items, const Function& f) const {
+    std::atomic<int64_t> next{0};
+    run(std::min(size_, items), [&](int64_t thread, int64_t, int64_t) {
+      for (int64_t item = next.fetch_add(1); item < items; item = next.fetch_add(1)) f(thread, item);
+    });
+  }
+
  private:
   int64_t items_, size_;
 };

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "cross_similarity.h"
 #include "isa.h"
 #include "map_consistency.h"
 #include "masked_average_pool.h"
@@ -84,10 +85,19 @@ py::dict upsampling(const cisc::upsample::Plan& p, int64_t bytes, const cisc::Wo
   return described(tile, bytes, work);
 }
 
+cisc::cross_similarity::Reduction reduction_of(const std::string& name) {
+  namespace ns = cisc::cross_similarity;
+  for (int32_t i = 0; i < 4; ++i) {
+    if (name == ns::kReductionNames[i]) return static_cast<ns::Reduction>(i);
+  }
+  throw std::invalid_argument("plan: reduction must be max, topk, softmax or mean, got " + name);
+}
+
 // One row per operator that has kernels here; `backward` is the gradient, made with the loss where there is
-// one, `ohem` that hard pixels are searched for before.
+// one, `ohem` that hard pixels are searched for before; `reduction` and `k` are of cross_similarity.
 py::dict plan(const std::string& op, const Shapes& shapes, const std::string& dtype,
-              const std::string& device, bool backward, int64_t threads, bool ohem) {
+              const std::string& device, bool backward, int64_t threads, bool ohem,
+              const std::string& reduction, int64_t k) {
   if (device != "cpu")
     throw std::invalid_argument("plan: there are kernels for the CPU only, got device " + device);
   if (dtype != "float32" && dtype != "bfloat16" && dtype != "float16") {
@@ -152,6 +162,31 @@ py::dict plan(const std::string& op, const Shapes& shapes, const std::string& dt
                      ns::work(p, features[0], features[1], features[2], features[3], labels[1] * labels[2],
                               slots, bytes, kLabelBytes, backward));
   }
+  if (op == "cross_similarity") {
+    namespace ns = cisc::cross_similarity;
+    const Shape &query = shape_of(op, shapes, "query", 4), &guide = shape_of(op, shapes, "guide", 4);
+    const int64_t slots = shapes.count("classes") > 0 ? shape_of(op, shapes, "classes", 2)[1] : 1;
+    if (k < 1) throw std::invalid_argument("plan: k must be at least 1");
+    const int64_t pixels = guide[2] * guide[3];
+    const ns::Problem problem{ns::shape_of(cisc::isa()),
+                              query[1],
+                              query[2] * query[3],
+                              pixels,
+                              slots,
+                              std::max<int64_t>(std::min(k, pixels), 1),
+                              reduction_of(reduction),
+                              dtype == "bfloat16" && cisc::isa() == cisc::Isa::avx512_bf16};
+    const ns::Plan p = problem.plan(true, backward, problem.reduction);
+    cisc::Work work = ns::work(problem, bytes, bytes, backward);
+    work.flops *= query[0];
+    work.bytes *= query[0];
+    py::dict tile;
+    tile["query_pixels"] = p.shape.tile;
+    tile["guide_pixels"] = p.shape.panel;
+    tile["guide_pixels_at_hand"] = p.panels * p.shape.panel;
+    tile["task_query_pixels"] = p.tiles * p.shape.tile;
+    return described(tile, ns::workspace_bytes(problem, threads, backward), work);
+  }
   throw std::invalid_argument("plan: there is no C++ kernel of " + op);
 }
 
@@ -162,7 +197,7 @@ PYBIND11_MODULE(_build, m) {
   m.def("info", &info, "Compilers, flags, instruction sets, CUDA chips, and what was left out and why.");
   m.def("plan", &plan, py::arg("op"), py::arg("shapes"), py::arg("dtype") = "float32",
         py::arg("device") = "cpu", py::arg("backward") = false, py::arg("threads") = 1,
-        py::arg("ohem") = false,
+        py::arg("ohem") = false, py::arg("reduction") = "max", py::arg("k") = 8,
         "What the launcher of an operator does with arguments of these shapes (name: sizes): tile, workspace "
         "in "
         "bytes, FLOPs, bytes moved; with uint8 labels. ValueError for what has no kernel.");

@@ -50,6 +50,7 @@ inline M less(I a, I b) {
 inline M both(M a, M b) { return a & b; }
 inline M negate(M a) { return static_cast<M>(~a); }
 inline bool any(M a) { return a != 0; }
+inline uint32_t bits(M a) { return a; }  // one of each lane
 inline F select(M m, F a, F b) { return _mm512_mask_blend_ps(m, b, a); }
 inline I select(M m, I a, I b) {
   return reinterpret_cast<I>(
@@ -79,7 +80,8 @@ inline F round(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_
 inline F sqrt(F a) { return _mm256_sqrt_ps(a); }
 inline F max(F a, F b) { return _mm256_max_ps(a, b); }
 inline F min(F a, F b) { return _mm256_min_ps(a, b); }
-inline bool any(M a) { return _mm256_movemask_ps(reinterpret_cast<F>(a)) != 0; }
+inline uint32_t bits(M a) { return static_cast<uint32_t>(_mm256_movemask_ps(reinterpret_cast<F>(a))); }
+inline bool any(M a) { return bits(a) != 0; }
 inline F select(M m, F a, F b) { return _mm256_blendv_ps(b, a, reinterpret_cast<F>(m)); }
 inline I select(M m, I a, I b) {
   return reinterpret_cast<I>(select(m, reinterpret_cast<F>(a), reinterpret_cast<F>(b)));
@@ -96,11 +98,12 @@ inline F sqrt(F a) {
   for (int i = 0; i < kLanes; ++i) a[i] = __builtin_sqrtf(a[i]);
   return a;
 }
-inline bool any(M a) {
-  int32_t bits = 0;
-  for (int i = 0; i < kLanes; ++i) bits |= a[i];
-  return bits != 0;
+inline uint32_t bits(M a) {
+  uint32_t all = 0;
+  for (int i = 0; i < kLanes; ++i) all |= (static_cast<uint32_t>(a[i]) & 1u) << i;
+  return all;
 }
+inline bool any(M a) { return bits(a) != 0; }
 inline I select(M m, I a, I b) { return (a & m) | (b & ~m); }
 inline F select(M m, F a, F b) { return (F)select(m, (I)a, (I)b); }
 inline F max(F a, F b) { return select(less(b, a), a, b); }
@@ -178,6 +181,14 @@ struct Total {
 // 2^n for n in [-126, 127]
 inline F power_of_two(I n) { return (F)((n + 127) << 23); }
 
+#if !defined(__AVX512F__)
+// a 2^n, in two steps, so that results below the normal range are right; n whole.
+inline F scaled(F a, F n) {
+  const I whole = to_int(n), half = whole >> 1;
+  return a * power_of_two(half) * power_of_two(whole - half);
+}
+#endif
+
 // e^a to about one unit in the last place; 0 and inf beyond the range, NaN stays.
 inline F exp(F a) {
   const F x = min(broadcast(89.0f), max(broadcast(-104.5f), a));
@@ -196,10 +207,32 @@ inline F exp(F a) {
 #if defined(__AVX512F__)
   return _mm512_scalef_ps(p, n);
 #else
-  // In two steps, so that results below the normal range are right. What is NaN in r is NaN in p.
-  const I whole = to_int(select(same(x, x), n, F{}));
-  const I half = whole >> 1;
-  return p * power_of_two(half) * power_of_two(whole - half);
+  return scaled(p, select(same(x, x), n, F{}));  // what is NaN in r is NaN in p
+#endif
+}
+
+// 2^a to about one unit in the last place for finite a up to 127, NaN stays.
+inline F exp2(F a) {
+#if defined(__AVX512F__)
+  const F n = round(a);
+  const F r = a - n;
+#else
+  const F x = max(broadcast(-151.0f), a);  // a where it is NaN
+  const F n = round(x);
+  const F r = x - n;
+#endif
+  // Interpolates 2^r at the Chebyshev nodes of [-1/2, 1/2].
+  F p = broadcast(0.000154614447f);
+  p = fma(p, r, broadcast(0.00134004282f));
+  p = fma(p, r, broadcast(0.00961805668f));
+  p = fma(p, r, broadcast(0.0555032723f));
+  p = fma(p, r, broadcast(0.240226509f));
+  p = fma(p, r, broadcast(0.693147207f));
+  p = fma(p, r, broadcast(1.0f));
+#if defined(__AVX512F__)
+  return _mm512_scalef_ps(p, n);
+#else
+  return scaled(p, select(same(x, x), n, F{}));
 #endif
 }
 

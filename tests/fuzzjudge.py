@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from fuzzcases import NEAR, Case
+from fuzzcases import EXACT_GAP, NEAR, Case, Cosines, cosines
 from numerics import assert_close, assert_equal, assert_rounding
 from opcases import as_dtype, cotangent, is_empty, reference, run, run_operator
 from torch import Tensor
@@ -45,12 +46,12 @@ def _judge_values(case: Case, impl: str) -> None:
     operator = OPERATORS[case.operator]
     torch.set_num_threads(case.threads)
     got = run_operator(operator, case.inputs, impl)
-    again = run_operator(operator, case.inputs, impl)
+    again = run_operator(operator, case.inputs | case.more, impl)
     with torch.no_grad():
         quiet = operator.function(**case.inputs, impl=impl)
     torch.set_num_threads(1)
-    for name, value in again.items():
-        assert_equal(value, got[name], what=f"{name} of a second run")
+    for name, value in got.items():
+        assert_equal(again[name], value, what=f"{name} of a second run")
     first = quiet[0] if isinstance(quiet, tuple) else quiet
     assert_equal(first, got["output0"], what="output without gradient")
     for name, value in got.items():
@@ -61,7 +62,7 @@ def _judge_values(case: Case, impl: str) -> None:
         for name, value in reference(operator, case.inputs).items():
             assert_close(got[name], value, 0, what=name)
     else:
-        RULES[case.operator](case, got)
+        RULES[case.operator](case, again)
 
 
 def _clean(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -133,6 +134,134 @@ def _prototypes(case: Case, got: Results) -> None:
         "grad_prototypes": to_prototypes * over_prototypes,
     }
     _compare(got, reference(operator, case.inputs), plain, magnitudes)
+
+
+def _cross(case: Case, got: Results) -> None:
+    """Of "max" and "topk", the gradient follows the winners: those chosen, and those that are certain."""
+    inputs = _clean(case.inputs)
+    pairs = cosines(inputs)
+    dirty = as_dtype(case.inputs, torch.float64)
+    tensors = [dirty.get(name) for name in ("query", "guide", "guide_labels", "classes", "query_labels")]
+    settings = [dirty[name] for name in ("reduction", "k", "temperature", "ignore_index", "eps")]
+    kernels = torch.ops.cisc_ext
+    similarity, index, saved = kernels.cross_similarity_reference(*tensors, *settings, True)
+    if "output1" in got:
+        _judge_index(got["output1"], index, similarity.isnan(), pairs)
+    winners: Tensor | None = {"max": got.get("output1"), "topk": saved}.get(inputs["reduction"])
+    if inputs["reduction"] == "max":
+        assert winners is not None
+        best, index, winners = index, winners, winners[..., None]
+    grad = cotangent(got["output0"])
+    grads = kernels.cross_similarity_reference_backward(
+        grad.double(), similarity, index, saved, *tensors, *settings, True, True
+    )
+    want = {"output0": similarity, "grad_query": grads[0], "grad_guide": grads[1]}
+    plain = run(naive.cross_similarity, as_dtype(inputs, torch.float32), ("query", "guide"))
+    if winners is not None:
+        single = {name: inputs[name].float() for name in ("query", "guide")} | {"eps": inputs["eps"]}
+        plain |= {
+            name: value
+            for name, value in run(partial(_mean_of, winners), single, ("query", "guide")).items()
+            if name.startswith("grad_")
+        }
+    sizes = _cross_sizes(inputs, pairs, winners, grad.double().abs().flatten(2))
+    if inputs["reduction"] == "max":  # of two that are equal within rounding, either may be rounded the more
+        place = best.clamp(min=0).flatten(2)[..., None]
+        rounded = pairs.size[:, None].expand(-1, place.shape[1], -1, -1).gather(3, place).view_as(best)
+        sizes["output0"] = torch.maximum(sizes["output0"], torch.where(best >= 0, rounded, 0))
+    _compare({name: got[name] for name in want if name in got}, want, plain, sizes)
+
+
+def _mean_of(winners: Tensor, query: Tensor, guide: Tensor, eps: float) -> Tensor:
+    """Mean cosine with the guide pixels `winners` [B,S,h,w,k], of which -1 is none."""
+    units, others = naive.unit(query, 1, eps).flatten(2), naive.unit(guide, 1, eps).flatten(2)
+    found = winners >= 0
+    place = winners.clamp(min=0).flatten(1)[:, None].expand(-1, units.shape[1], -1)
+    best = others.gather(2, place).unflatten(2, winners.flatten(2, 3).shape[1:])  # [B,C,S,n,k]
+    cosine = (units[:, :, None, :, None] * best).sum(1).view(winners.shape)
+    return torch.where(found, cosine, 0).sum(-1) / found.sum(-1).clamp(min=1)
+
+
+def _judge_index(got: Tensor, want: Tensor, spoilt: Tensor, pairs: Cosines) -> None:
+    """The lowest of those tied exactly; of those that are equal within rounding, any.
+
+    `want` is the reference's: it must be met where there is no guide pixel, or a cosine that is NaN.
+    """
+    chosen = got.flatten(2)[..., None]  # [B,S,n,1]
+    shape = (*chosen.shape[:3], pairs.value.shape[2])
+    pixel = torch.arange(shape[3])
+    member = pairs.member.expand(shape)
+    certain = (want < 0) | spoilt
+    assert got.dtype == torch.int64 and got.shape == want.shape
+    assert_equal(torch.where(certain, got, 0), torch.where(certain, want, 0), what="index of none, or of NaN")
+    known = ~certain.flatten(2)
+    inside = (chosen >= 0) & (chosen < shape[3])
+    chosen = torch.where(inside, chosen, 0)
+    value, limit, exact = (part[:, None].expand(shape) for part in (pairs.value, pairs.limit, pairs.exact))
+    same = pairs.same[:, None, None].expand(shape)
+    mine = value.gather(3, chosen)
+    best = value.masked_fill(~member, -torch.inf).max(-1, keepdim=True)
+    far = best.values - mine > limit.gather(3, chosen) + limit.gather(3, best.indices)
+    lower = member & (pixel < chosen)
+    repeated = lower & (same == same.gather(3, chosen))
+    better = (value > mine + EXACT_GAP) & member | (value > mine - EXACT_GAP) & lower
+    beaten = better & exact & exact.gather(3, chosen)
+    for what, wrong in (
+        ("no pixel of the class", ~inside | ~member.gather(3, chosen)),
+        ("a cosine below the best", far),
+        ("not the first of equal pixels", repeated.any(-1, keepdim=True)),
+        ("not the first or best where nothing is rounded", beaten.any(-1, keepdim=True)),
+    ):
+        wrong = wrong[..., 0] & known
+        if bool(wrong.any()):
+            place = tuple(int(i) for i in wrong.nonzero()[0])
+            raise AssertionError(
+                f"index {int(got.flatten(2)[place])} at {place} ({int(wrong.sum())} of {wrong.numel()}): "
+                f"{what}; expected {int(want.flatten(2)[place])}, cosines {float(mine[place])!r} and "
+                f"{float(best.values[place])!r}"
+            )
+
+
+def _cross_sizes(inputs: dict[str, Any], pairs: Cosines, winners: Tensor | None, grad: Tensor) -> Results:
+    """Sizes of what cross_similarity rounds: of each pair's share in the result and in the gradients, given
+    |grad| [B,S,n]."""
+    value, size, member = pairs.value[:, None], pairs.size[:, None], pairs.member
+    count = member.sum(-1, keepdim=True)
+    if winners is not None:
+        shape = (*grad.shape, value.shape[3] + 1)
+        chosen = winners.flatten(2, 3)
+        count = (chosen >= 0).sum(-1, keepdim=True)
+        # One more place takes what is none.
+        places = torch.where(chosen < 0, shape[3] - 1, chosen)
+        member = torch.zeros(shape, dtype=torch.bool).scatter_(3, places, True)[..., :-1]
+    weight = torch.where(member, 1 / count.clamp(min=1), 0.0).double()  # [B,S,n,m] or [B,S,1,m]
+    slope = weight
+    similarity = (weight * size).sum(-1)
+    if inputs["reduction"] == "softmax":
+        exponent = (value / inputs["temperature"]).masked_fill(~member, -torch.inf)
+        log = exponent - exponent.logsumexp(-1, keepdim=True).nan_to_num(0, 0, 0)
+        weight = log.exp()
+        mean = torch.where(member, weight * value, 0).sum(-1, keepdim=True)
+        # A probability's logarithm is rounded, and so is the cosine in it, divided by the temperature.
+        rounded = 1 + torch.where(member, -log, 0) + size / inputs["temperature"]
+        gap = (value - mean).abs()
+        similarity = (weight * (size + gap * rounded)).sum(-1)
+        mean_size = (weight * size).sum(-1, keepdim=True)
+        slope = weight * (
+            (1 + gap / inputs["temperature"]) * rounded + (size + mean_size) / inputs["temperature"]
+        )
+    total = (grad[..., None] * slope).sum(1)  # [B,n,m]
+    sizes = {"output0": similarity.expand_as(grad).unflatten(2, inputs["query"].shape[2:])}
+    sides = {"query": total, "guide": total.mT}
+    units = {name: naive.unit(inputs[name].double().abs().flatten(2), 1, inputs["eps"]) for name in sides}
+    for (name, weights), other in zip(sides.items(), ("guide", "query"), strict=True):
+        back = units[other] @ weights.mT
+        norm = torch.linalg.vector_norm(inputs[name].double().flatten(2), dim=1, keepdim=True)
+        through = back + (back * units[name]).sum(1, keepdim=True) * units[name]
+        sizes[f"grad_{name}"] = torch.where(norm < inputs["eps"], 0.0, through / norm).view(
+            inputs[name].shape
+        )
+    return sizes
 
 
 def _naive_consistency(similarity: Tensor, labels: Tensor, classes: Tensor, ignore_index: int) -> Tensor:
@@ -262,6 +391,7 @@ def _predict(case: Case, got: Results) -> None:
 RULES: dict[str, Callable[[Case, Results], None]] = {
     "masked_average_pool": _pool,
     "prototype_similarity": _prototypes,
+    "cross_similarity": _cross,
     "map_consistency": _consistency,
     "rectified_cross_entropy": _cross_entropy,
     "predict": _predict,
@@ -337,7 +467,9 @@ def _odd(draw: random.Random, generator: torch.Generator, value: Any, given: tup
     if isinstance(value, float):
         return draw.choice((*_NUMBERS, 1e308))
     if isinstance(value, str):
-        return draw.choice(("", "mean", "none", "sum", "valid_mean", "max", "\x00", "x" * 1000))
+        return draw.choice(
+            ("", "mean", "none", "sum", "valid_mean", "max", "topk", "softmax", "\x00", "x" * 1000)
+        )
     if isinstance(value, torch.dtype):
         return draw.choice(_DTYPES)
     return draw.choice((None, 0.5, 3, draw.choice([one for one in given if isinstance(one, Tensor)])))
@@ -345,11 +477,13 @@ def _odd(draw: random.Random, generator: torch.Generator, value: Any, given: tup
 
 def _odd_tensor(
     draw: random.Random, generator: torch.Generator, value: Tensor, others: list[Tensor]
-) -> Tensor:
-    """Of another shape, rank, dtype or device, with other values, or another argument."""
+) -> Tensor | None:
+    """Of another shape, rank, dtype or device, with other values, another argument, or none."""
     kind = draw.choice(
-        ("shape", "shape", "shape", "rank", "dtype", "values", "values", "other", "empty", "meta")
+        ("shape", "shape", "shape", "rank", "dtype", "values", "values", "other", "empty", "meta", "none")
     )
+    if kind == "none":
+        return None
     if kind == "rank":
         return value[0] if value.dim() and len(value) and draw.random() < 0.5 else value[None]
     if kind == "dtype":

@@ -56,6 +56,14 @@ def _cross(reduction: str, own: bool = False, size: tuple[int, int] = (80, 80), 
     return {"query": query, "guide": guide, "guide_labels": labels[0], "reduction": reduction, "k": k, **rest}
 
 
+def _cross_deep(reduction: str) -> dict[str, Any]:
+    """Both sides larger than what is packed, or summed, at a time."""
+    query, guide = torch.randn(1, 2048, 32, 96), torch.randn(1, 2048, 24, 128)
+    labels, classes = _labels(1, 96, 512, classes=3), torch.arange(3)[None]
+    inputs = {"query": query, "guide": guide, "guide_labels": labels, "classes": classes}
+    return {**inputs, "reduction": reduction, "k": 8}
+
+
 def _maps(slots: int, size: tuple[int, int], labels: tuple[int, int]) -> dict[str, Any]:
     classes = torch.arange(slots).repeat(2, 1)
     return {"similarity": torch.rand(2, slots, *size), "labels": _labels(2, *labels), "classes": classes}
@@ -134,6 +142,10 @@ MANY: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
             "similarity": torch.rand(1, 1, 1, 2**16),
         },
     ),
+    **{
+        f"cross_similarity-many_{r}": ("cross_similarity", partial(_cross_deep, r))
+        for r in ("max", "topk", "softmax", "mean")
+    },
     "predict-many": (
         "predict",
         lambda: {
@@ -192,9 +204,11 @@ def planned_mib(name: str, inputs: dict[str, Any]) -> float:
     shapes = {
         key: tuple(getattr(x, "shape", x)) for key, x in inputs.items() if isinstance(x, (Tensor, tuple))
     }
-    ohem = "ohem_threshold" in inputs
+    more: dict[str, Any] = {"ohem": "ohem_threshold" in inputs}
+    if name == "cross_similarity":
+        more = {"reduction": inputs["reduction"], "k": inputs["k"]}
     made = [
-        _build.plan(name, shapes, backward=backward, threads=MANY_THREADS, ohem=ohem)["workspace_bytes"]
+        _build.plan(name, shapes, backward=backward, threads=MANY_THREADS, **more)["workspace_bytes"]
         for backward in (False, True)
     ]
     return max(made) / MIB

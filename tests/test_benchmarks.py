@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from benchmarks import (
     cases,
+    ceilings,
     gate,
     kernels,
     machine,
@@ -26,6 +28,7 @@ from benchmarks import (
     plots,
     published,
     rivals,
+    similarity,
     step,
     tables,
 )
@@ -330,12 +333,14 @@ def test_cost_counts_what_labels_leave() -> None:
 
 def kernels_result() -> dict[str, Any]:
     def row(op: str, size: int, impl: str, **more: Any) -> dict[str, Any]:
-        shape = {"N": size * size // 8, "M": size * size // 8} if op == "cross_similarity" else {}
+        pixels = size * size // 8
+        shape = {"N": pixels, "M": pixels} if op == "cross_similarity" else {}
+        searches = {"faiss": 1.0 * size, "keops": 9.0 * size} if op == "cross_similarity" else {}
         return {
             **{"op": op, "impl": impl, "dtype": "float32", "pass": "forward", "ladder": True},
             **{"workload": f"image_{size}x{2 * size}", "shape": shape or {"H": size, "W": 2 * size}},
             **{"time_ms": size / 10, "extra_mib": 1.5, "share_of_ceiling": 0.5, "naive_mib": size**2 / 16},
-            **{"speedup": {"naive": 3.0, "chunked": 2.0}, "rival_ms": {"naive": size / 3.0}},
+            **{"speedup": {"naive": 3.0, "chunked": 2.0}, "rival_ms": {"naive": size / 3.0, **searches}},
             **{"rival_extra_mib": {"naive": size / 2.0}, **more},
         }
 
@@ -372,10 +377,13 @@ def test_plots_are_drawn_the_same_each_time(tmp_path: Path, capsys: pytest.Captu
         folder.mkdir()
         assert plots.main(["--json", str(path), "--out", str(folder)]) == 0
         pictures = sorted(folder.iterdir())
-        assert [picture.name for picture in pictures] == ["kernels_memory_cpu.svg", "kernels_time_cpu.svg"]
+        names = ["kernels_memory_cpu.svg", "kernels_time_cpu.svg", "similarity_cpu.svg"]
+        assert [picture.name for picture in pictures] == names
         first = first or [picture.read_bytes() for picture in pictures]
         assert first == [picture.read_bytes() for picture in pictures]
     assert b"naive needs more than 8 GiB" in first[0] and b"cross_similarity" in first[1]
+    assert all(name in first[2] for name in (b"faiss", b"KeOps", b"torch, naive", b"time in ms", b"in MiB"))
+    assert b"faiss" in first[1] and b"predict" not in first[2]
     path.write_text(json.dumps({**kernels_result(), "rows": []}))
     assert plots.main(["--json", str(path), "--out", str(tmp_path)]) == 1
     assert "found none" in capsys.readouterr().err
@@ -385,6 +393,122 @@ def test_the_wall_is_where_naive_memory_meets_the_machines() -> None:
     rows = [{"shape": {"H": side, "W": side}, "naive_mib": float(side**2)} for side in (8, 16, 32)]
     assert plots.wall(rows, 512.0) == pytest.approx(512)
     assert plots.wall(rows, 2048.0) is None
+
+
+@pytest.mark.usefixtures("green")
+def test_similarity_writes_its_result(tmp_path: Path) -> None:
+    masks, path = tmp_path / "masks", tmp_path / "similarity.json"
+    (masks / "more").mkdir(parents=True)
+    for number in range(5):
+        mask = torch.arange(60 * 80).view(60, 80) // (700 + 90 * number)
+        folder = masks / "more" if number > 2 else masks
+        Image.fromarray(mask.to(torch.uint8).numpy()).save(folder / f"{number}.png")
+    command = ["--quick", "--labels", str(masks), "--json", str(path)]
+    assert similarity.main(command) == 0
+    result = json.loads(path.read_text())
+    assert {"machine", "versions", "commit", "threads", "ceilings", "cisc_isa", "minutes"} <= set(result)
+    assert (
+        result["quick"] and result["labels"] == "masks of street scenes" and str(tmp_path) not in str(result)
+    )
+    left_out = {one["section"] for one in result["left_out"]}
+    assert left_out <= ({"avx2"} if _library.LOADED else {"peak"}), result["left_out"]
+    shown = [(row["what"], row["dtype"]) for row in result["rows"]]
+    both = ("n4096, row maximum", "n4096, own labels of street scenes", "image_256x512, row maximum")
+    assert {(what, dtype) for what in both for dtype in similarity.DTYPES} <= set(shown)
+    assert [what.split()[-1] for what, _ in shown][-2:] == ["map", "whole"]
+    assert ("n4096, row maximum, AVX2", "float32") in shown or "avx2" in left_out
+    for row in result["rows"]:
+        assert 0 < row["time_min_ms"] <= row["time_ms"] and row["runs"] == 2
+        assert min(row["tflops"], row["against_ms"], row["ratio"]) > 0
+        if "extra_mib" in row and measure.can_measure():
+            assert row["extra_mib"] <= OPERATORS["cross_similarity"].extra_bytes_cpu / 2**20 + 2
+        if "share_of_pairs" in row:
+            assert row["images"] == 4 and 0 < row["share_of_pairs"] < 0.5
+    table = tables.table("similarity", path)
+    assert " ratio |" in table and ("FMA peak" in table or not _library.LOADED)
+    assert "--labels DATA" in table and "masks --json" not in table
+
+
+def test_similarity_reads_masks_from_all_over(tmp_path: Path) -> None:
+    for number in range(17):
+        Image.fromarray(torch.full((2, 3), number, dtype=torch.uint8).numpy()).save(
+            tmp_path / f"{number:02}.png"
+        )
+    pairs = similarity.read_pairs(tmp_path)
+    assert [(int(query[0, 0, 0]), int(guide[0, 0, 0])) for query, guide in pairs] == [
+        (0, 8),
+        (2, 10),
+        (4, 12),
+        (6, 14),
+    ]
+    assert all(one.shape == (1, 2, 3) and one.dtype == torch.uint8 for pair in pairs for one in pair)
+
+
+@pytest.mark.usefixtures("green")
+def test_similarity_refuses_what_it_cannot_judge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--quick", "--json", str(tmp_path / "none.json")]
+    assert similarity.main([*command, "--labels", str(tmp_path)]) == 1
+    assert "two PNG masks at least, got" in capsys.readouterr().err
+    for number in range(2):
+        Image.new("RGB", (4, 4)).save(tmp_path / f"{number}.png")
+    assert similarity.main([*command, "--labels", str(tmp_path)]) == 1
+    assert "0.png: expected a mask of mode L or P, got RGB" in capsys.readouterr().err
+
+    def zeros(case: cases.Case, name: str) -> cases.Call:
+        return lambda: (torch.zeros(1, 1, *case.inputs["query"].shape[2:]),)
+
+    monkeypatch.setattr(similarity, "implementation_call", zeros)
+    monkeypatch.setattr(measure, "time_ms", lambda *_, **__: pytest.fail("timed"))
+    monkeypatch.setattr(ceilings, "measured", lambda *_, **__: {})
+    assert similarity.main(command) == 1
+    error = capsys.readouterr().err
+    assert (
+        error.count("\n") == 1 and "n4096_dense_max float32" in error and "off the float32 reference" in error
+    )
+    monkeypatch.setattr(kernels, "red", lambda ops: f"FAILED {ops}")
+    assert similarity.main(command) == 1
+    assert "FAILED ['cross_similarity']" in capsys.readouterr().err
+    assert not (tmp_path / "none.json").exists()
+
+
+@pytest.mark.skipif(not _library.LOADED, reason="no compiled operators")
+def test_an_instruction_set_that_is_not_there_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(similarity, "_ISA", "avx1024")
+    with pytest.raises(similarity.LeftOutError, match="avx1024"):
+        next(similarity.avx2_lines(similarity.Settings(True, 1, {}, [])))
+
+
+def test_what_is_slow_is_timed_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "time_ms", lambda call, device: call())
+    calls = [lambda ms=ms: ms for ms in (1.0, 600.0, 6000.0)]
+    assert [len(times) for times in measure.times_in_turn(calls, budget_s=0)] == [5, 3, 2]
+    assert [len(times) for times in measure.times_in_turn(calls, quick=True)] == [2, 2, 2]
+    assert len(measure.times_in_turn(calls[:1], budget_s=60)[0]) == 30
+
+
+def test_a_slow_run_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[int] = []
+
+    def counted(case: cases.Case, name: str, *, whole: bool = False) -> cases.Call:
+        def run() -> cases.Result:
+            ran.append(case.inputs["query"].shape[2])
+            return (torch.zeros(1),)
+
+        return run
+
+    monkeypatch.setattr(kernels, "implementation_call", counted)
+    key, own = (
+        ("cross_similarity", "n1024_dense_max", "float32", "forward", "cpu"),
+        kernels.Contender("cpp", False),
+    )
+    tried = kernels.trial(key, own, torch.get_num_threads(), 60.0)
+    assert ran == [8, 32, 32] and tried["seconds"] < 1
+    assert (tried["extra_mib"] is not None) == measure.can_measure()
+    monkeypatch.setattr(measure, "SLOW_S", 0.0)
+    kernels.trial(key, own, torch.get_num_threads(), 60.0)
+    assert ran[3:] == [8, 32]
 
 
 def test_time_is_that_of_the_call() -> None:

@@ -46,6 +46,15 @@ def run_with(isa: str, *command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def shapes_of(inputs: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Of the tensors and sizes among them."""
+    return {
+        name: tuple(getattr(value, "shape", value))
+        for name, value in inputs.items()
+        if isinstance(value, (Tensor, tuple))
+    }
+
+
 def large(operator: Operator) -> dict[str, Any]:
     """Inputs that are cut into several tasks, and into strips where labels are walked over."""
     generator = torch.Generator().manual_seed(3)
@@ -72,6 +81,14 @@ def large(operator: Operator) -> dict[str, Any]:
             "classes": classes,
         },
         "predict": {"logits": normal(2, 19, 11, 3001), "size": (41, 12001), "labels": labels},
+        # Deep, so that the guide is packed in pieces, and its sums are at hand in blocks.
+        "cross_similarity": {
+            "query": normal(2, 4100, 5, 7),
+            "guide": normal(2, 4100, 3, 701),
+            "guide_labels": labels,
+            "classes": classes,
+            "reduction": "softmax",
+        },
     }
     return every[operator.name]
 
@@ -82,10 +99,11 @@ def test_seams_do_not_show(operator: Operator, implementation: Implementation) -
     from cisc_ext import _build
 
     inputs = large(operator)
-    shapes = {name: tuple(getattr(value, "shape", value)) for name, value in inputs.items()}
+    shapes = shapes_of(inputs)
     tile = _build.plan(operator.name, shapes, backward=bool(operator.differentiable))["tile"]
     assert tile.get("tasks", 2) > 1
     assert tile.get("label_columns", 0) < 12001
+    assert tile.get("guide_pixels_at_hand", 0) < 3 * 701
     got = run_operator(operator, inputs, implementation.name)
     if operator.name == "predict":
         best = naive.upsample(inputs["logits"].double(), inputs["size"], True).topk(2, 1).values
@@ -161,6 +179,12 @@ SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
         "similarity": (2, 1, 181, 181),
     },
     "predict": {"logits": (2, 19, 181, 181), "size": (721, 721)},
+    "cross_similarity": {
+        "query": (2, 256, 181, 181),
+        "guide": (2, 256, 181, 181),
+        "guide_labels": (2, 721, 721),
+        "classes": (2, 1),
+    },
 }
 
 
@@ -176,7 +200,9 @@ def test_plans(operator: Operator, implementation: Implementation) -> None:
     assert all(isinstance(value, int) and value > 0 for value in one["tile"].values())
     assert 0 < one["workspace_bytes"] <= plan(threads=2)["workspace_bytes"] < operator.extra_bytes_cpu
     assert plan(dtype="bfloat16")["bytes"] < one["bytes"] and one["flops"] > 0
-    if operator.differentiable:
+    if operator.name == "cross_similarity":  # the winners' gradient is less than all products
+        assert plan(backward=True, reduction="softmax")["flops"] > plan(reduction="softmax")["flops"]
+    elif operator.differentiable:
         # The average's gradient costs as many operations as the average.
         assert plan(backward=True)["flops"] >= one["flops"]
 
@@ -186,7 +212,12 @@ def test_plans_refuse() -> None:
 
     good: dict[str, Any] = {"op": "predict", "shapes": SHAPES["predict"]}
     for wrong, message in (
-        ({"op": "cross_similarity"}, "no C\\+\\+ kernel of cross_similarity"),
+        ({"op": "unheard_of"}, "no C\\+\\+ kernel of unheard_of"),
+        (
+            {"op": "cross_similarity", "shapes": SHAPES["cross_similarity"], "reduction": "min"},
+            "reduction must",
+        ),
+        ({"op": "cross_similarity", "shapes": SHAPES["cross_similarity"], "k": 0}, "k must be at least 1"),
         ({"device": "cuda"}, "for the CPU only"),
         ({"dtype": "float64"}, "dtype must be"),
         ({"threads": 0}, "threads must be"),
@@ -217,6 +248,12 @@ def small_inputs(name: str, side: int) -> dict[str, Any]:
             "classes": classes,
         },
         "predict": {"logits": logits, "size": (4 * side, 4 * side), "labels": labels},
+        "cross_similarity": {
+            "query": features,
+            "guide": features.flip(-1),
+            "guide_labels": labels,
+            "classes": classes,
+        },
     }
     return every[name]
 
@@ -235,7 +272,8 @@ def least_times(*calls: Callable[[], object], repeats: int = 20) -> list[float]:
 @pytest.mark.parametrize(("operator", "implementation"), COMPILED)
 def test_auto_is_never_slower_than_the_reference(operator: Operator, implementation: Implementation) -> None:
     """At most 1.1 times its time and 10 microseconds, however small the images."""
-    for side in SMALL:
+    # Of pixels against pixels, more would only take the reference longer.
+    for side in SMALL[:9] if operator.name == "cross_similarity" else SMALL:
         inputs = small_inputs(operator.name, side)
         for impl_inputs in (
             inputs,
@@ -317,6 +355,21 @@ LARGE: dict[str, list[dict[str, tuple[int, ...]]]] = {
         for batch, classes, h, w in ((64, 19, 256, 512), (8, 256, 256, 512), (1, 64, 8, 1 << 16))
         for scale in (1, 4)
     ],
+    "cross_similarity": [
+        {
+            "query": (batch, channels, *query),
+            "guide": (batch, channels, *guide),
+            "guide_labels": (batch, 8, 8),
+            "classes": (batch, slots),
+        }
+        for batch, channels, query, guide, slots in (
+            (64, 256, (256, 512), (256, 512), 19),
+            (1, 2048, (512, 512), (512, 512), 1),
+            (1, 3, (1, 1 << 19), (1, 1 << 19), 2),
+            (2, 256, (1, 1), (1, 1 << 19), 1),
+            (1, 16384, (64, 64), (64, 64), 100),
+        )
+    ],
 }
 
 
@@ -326,11 +379,14 @@ def test_plans_keep_to_the_bound(operator: Operator, implementation: Implementat
     """However large the images, the batch, the classes, as far as registry.py says, and the threads."""
     from cisc_ext import _build
 
+    variants: list[dict[str, Any]] = [{"ohem": False}, {"ohem": True}]
+    if operator.name == "cross_similarity":
+        variants = [{"reduction": name, "k": 8} for name in ("max", "topk", "softmax", "mean")]
     for shapes in LARGE[operator.name]:
         for backward in (False, True):
-            for ohem in (False, True):
-                made = _build.plan(operator.name, shapes, backward=backward, threads=threads, ohem=ohem)
-                assert 0 < made["workspace_bytes"] <= operator.extra_bytes_cpu, (shapes, made)
+            for variant in variants:
+                made = _build.plan(operator.name, shapes, backward=backward, threads=threads, **variant)
+                assert 0 < made["workspace_bytes"] <= operator.extra_bytes_cpu, (shapes, variant, made)
 
 
 @pytest.mark.parametrize(("operator", "implementation"), COMPILED)
@@ -340,7 +396,7 @@ def test_plans_do_no_less_than_the_least(operator: Operator, implementation: Imp
 
     workload = next(operator.workloads())
     inputs = workload.make()
-    sized = {name: tuple(getattr(value, "shape", None) or value) for name, value in inputs.items()}
+    sized = shapes_of(inputs)
     for passes in workload.passes:
         made = _build.plan(operator.name, sized, backward=passes != "forward")
         assert operator.cost(inputs, passes).flops <= made["flops"], passes

@@ -105,15 +105,17 @@ def test_another_package_than_asked_for_is_refused(tmp_path: Path) -> None:
         fuzz.supervise(task, fuzz.environment(ROOT, sanitized=False))
 
 
-def _with(monkeypatch: pytest.MonkeyPatch, name: str, change: Callable[[Any], Any]) -> None:
-    """As "triton", the reference with its first result changed."""
+def _with(monkeypatch: pytest.MonkeyPatch, name: str, change: Callable[[Any], Any], place: int = 0) -> None:
+    """As "triton", the reference with its first result changed, or that at `place`."""
     operator = OPERATORS[name]
     others = tuple(one for one in operator.implementations if one.name != "triton")
     right = next(one for one in others if one.name == "reference")
 
     def wrong(*arguments: Any) -> Any:
         result = right.function(*arguments)
-        return (change(result[0]), *result[1:]) if isinstance(result, tuple) else change(result)
+        if not isinstance(result, tuple):
+            return change(result)
+        return (*result[:place], change(result[place]), *result[place + 1 :])
 
     changed = replace(operator, implementations=(*others, Implementation("triton", wrong, lambda call: [])))
     monkeypatch.setitem(OPERATORS, name, changed)
@@ -140,6 +142,22 @@ def test_wrong_results_are_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -
     assert _failures(name, "triton") == []
     _with(monkeypatch, name, small)
     assert len(_failures(name, "triton")) > FEW / 4
+
+
+def test_a_wrong_index_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    _with(monkeypatch, "cross_similarity", _shift_one_class, place=1)
+    assert len(_failures("cross_similarity", "triton")) > FEW / 4
+
+
+def test_a_wrong_gradient_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The value's is 1 + 1e-4 times the right one; bfloat16 and float16 do not show it."""
+    _with(monkeypatch, "cross_similarity", lambda value: value.detach() + _scaled(value))
+    assert len(_failures("cross_similarity", "triton")) > FEW / 10
+
+
+def _scaled(value: torch.Tensor) -> torch.Tensor:
+    """0, with a gradient a little too large."""
+    return (value - value.detach()).nan_to_num() * (1 + 1e-4)
 
 
 def test_what_a_failure_says(monkeypatch: pytest.MonkeyPatch) -> None:

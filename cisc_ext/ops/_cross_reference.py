@@ -424,11 +424,12 @@ class _Means(NamedTuple):
 def _means(pair: _Pair) -> _Means:
     own = None if pair.own is None else _own_labels(pair, pair.own)
     valid = pair.class_values() >= 0 if own is None else own.valid
-    total = torch.zeros(len(valid), pair.guide.shape[0], dtype=pair.dtype, device=valid.device)
+    # In float64: own-label mode adds pixel after pixel, of which there may be 100 000.
+    total = torch.zeros(len(valid), pair.guide.shape[0], dtype=torch.float64, device=valid.device)
     count = torch.zeros(len(valid), dtype=torch.int64, device=valid.device)
     for g0, g1, units, _ in pair.tiles(pair.guide, pair.guide_ranges()):
         if own is not None:
-            _add_rows(total, own.guide[g0:g1], units)
+            _add_rows(total, own.guide[g0:g1], units.double())
             _add_rows(count, own.guide[g0:g1], torch.ones_like(own.guide[g0:g1]))
             continue
         for s in range(pair.slots):
@@ -436,12 +437,13 @@ def _means(pair: _Pair) -> _Means:
             total[s] += torch.where(member[:, None], units, 0).sum(0)
             count[s] += member.sum()
     found = valid & (count > 0)
-    return _Means(torch.where(found[:, None], total / count.clamp(min=1)[:, None], 0), count, found, own)
+    mean = torch.where(found[:, None], total / count.clamp(min=1)[:, None], 0)
+    return _Means(mean.to(pair.dtype), count, found, own)
 
 
 def _mean_forward(pair: _Pair) -> Tensor:  # [S,n]
     means = _means(pair)
-    result = torch.zeros(pair.slots, pair.query[0].numel(), dtype=pair.dtype, device=pair.query.device)
+    result = torch.zeros(pair.slots, pair.query.shape[1:].numel(), dtype=pair.dtype, device=pair.query.device)
     for q0, q1, units, _ in pair.tiles(pair.query, pair.query_ranges()):
         if means.own is None:
             result[:, q0:q1] = torch.where(means.found[:, None], means.units @ units.t(), 0)
@@ -459,7 +461,7 @@ def _mean_backward(
     grad_guide: Tensor | None,  # [C,h',w']
 ) -> None:
     means = _means(pair)
-    back = torch.zeros_like(means.units)
+    back = torch.zeros_like(means.units, dtype=torch.float64)
     for q0, q1, units, inverse in pair.tiles(pair.query, pair.query_ranges()):
         share = means.share(grad, q0, q1)
         if means.own is None:
@@ -468,10 +470,11 @@ def _mean_backward(
         else:
             here = means.own.query[q0:q1]
             rows = share[:, None] * means.units[here]
-            _add_rows(back, here, torch.where(means.found[here][:, None], share[:, None] * units, 0))
+            found = means.found[here][:, None]
+            _add_rows(back, here, torch.where(found, share[:, None] * units, 0).double())
         if grad_query is not None:
             set_part(grad_query, q0, q1, through_norm(rows, units, inverse).t())
-    back = torch.where(means.found[:, None], back / means.pixels.clamp(min=1)[:, None], 0)
+    back = torch.where(means.found[:, None], back / means.pixels.clamp(min=1)[:, None], 0).to(pair.dtype)
     if grad_guide is None:
         return
     for g0, g1, units, inverse in pair.tiles(pair.guide, pair.guide_ranges()):

@@ -3,13 +3,14 @@ them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _checks as checks
+from . import _library
 from ._bilinear import nearest_rows
 from ._cross_reference import REDUCTIONS, backward, forward
 from ._reference import accumulator, reference_op
@@ -182,15 +183,22 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     ctx.mark_non_differentiable(output[1], output[2])
 
 
-def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * 11
-    need = ctx.needs_input_grad[:2]
-    grads = _reference_backward(grad, *ctx.saved_tensors, *ctx.settings, *need)
-    return (*(g if needed else None for g, needed in zip(grads, need, strict=True)), *[None] * 9)
+def _backward_by(operator: Callable[..., Any]) -> Callable[..., tuple[Tensor | None, ...]]:
+    def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 11
+        need = ctx.needs_input_grad[:2]
+        grads = operator(grad, *ctx.saved_tensors, *ctx.settings, *need)
+        return (*(g if needed else None for g, needed in zip(grads, need, strict=True)), *[None] * 9)
+
+    return backward
 
 
-_reference.register_autograd(_backward, setup_context=_save)
+_reference.register_autograd(_backward_by(_reference_backward), setup_context=_save)
+
+_cpp_backward = _library.compiled(f"{_NAME}_backward")
+_library.register(_NAME, _fake, _backward_by(_cpp_backward), _save)
+_library.register(f"{_NAME}_backward", _fake_backward, _library.refuse)
 
 
 def _samples() -> Iterator[Sample]:
@@ -230,12 +238,17 @@ def _samples() -> Iterator[Sample]:
 
 
 def _workloads() -> Iterator[Workload]:
+    float32, both_dtypes = ("float32",), ("float32", "bfloat16")
+    forward, both_passes = ("forward",), ("forward", "backward")
+
     def workload(
         name: str,
         reduction: str,
         mode: str,
         batch: int,
         low: tuple[int, int],
+        passes: tuple[str, ...],
+        dtypes: tuple[str, ...],
         ladder: bool = False,
     ) -> Workload:
         h, w = low
@@ -252,22 +265,25 @@ def _workloads() -> Iterator[Workload]:
             return {**inputs, "classes": torch.zeros(batch, 1, dtype=torch.int64)}
 
         shape = {"B": batch, "C": CHANNELS, "N": h * w, "M": h * w}
-        passes = ("forward",) if ladder else ("forward", "backward")
-        in_low = not ladder and (reduction == "max" or (mode == "dense" and reduction != "mean"))
-        dtypes = ("float32", "bfloat16") if in_low else ("float32",)
         return Workload(name, shape, make, passes, dtypes, mode, reduction, ladder)
 
-    for reduction in REDUCTIONS:
-        yield workload(f"n4096_dense_{reduction}", reduction, "dense", 1, (64, 64))
+    for mode in ("dense", "labels", "own"):
+        for reduction in REDUCTIONS if mode == "dense" else REDUCTIONS[:3]:
+            yield workload(f"n4096_{mode}_{reduction}", reduction, mode, 1, (64, 64), both_passes, float32)
+    for reduction in REDUCTIONS[:3]:
+        yield workload(
+            f"n16384_dense_{reduction}", reduction, "dense", 1, (128, 128), both_passes, both_dtypes
+        )
     for mode in ("labels", "own"):
-        for reduction in REDUCTIONS[:3]:
-            yield workload(f"n4096_{mode}_{reduction}", reduction, mode, 1, (64, 64))
-    for size in CROPS:
-        yield workload(f"{size.name}_labels_max", "max", "labels", size.batch, size.low)
-    for pixels in (1024, 2048, 8192, 16384):
-        yield workload(f"n{pixels}_dense_max", "max", "dense", 1, (32, pixels // 32), ladder=True)
-    for size in IMAGES:
-        yield workload(f"{size.name}_dense_max", "max", "dense", 1, size.low, ladder=True)
+        yield workload(f"n16384_{mode}_max", "max", mode, 1, (128, 128), forward, both_dtypes)
+    for crop in CROPS:
+        name = f"{crop.name}_labels_max"
+        yield workload(name, "max", "labels", crop.batch, crop.low, both_passes, both_dtypes)
+    yield workload("n1024_dense_max", "max", "dense", 1, (32, 32), forward, float32, ladder=True)
+    for image in IMAGES:
+        dtypes = both_dtypes if image is IMAGES[-1] else float32
+        name = f"{image.name}_dense_max"
+        yield workload(name, "max", "dense", 1, image.low, forward, dtypes, ladder=True)
 
 
 def _pairs(inputs: dict[str, Any]) -> tuple[int, int]:
@@ -325,7 +341,10 @@ register(
     Operator(
         name=_NAME,
         function=cross_similarity,
-        implementations=(Implementation("reference", _reference, never),),
+        implementations=(
+            Implementation("cpp", _library.compiled(_NAME), _library.cpu_obstacles(_NAME)),
+            Implementation("reference", _reference, never),
+        ),
         samples=_samples,
         cost=_cost,
         workloads=_workloads,
