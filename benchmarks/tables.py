@@ -77,7 +77,8 @@ COLUMNS: dict[str, dict[str, str]] = {
 
 
 def _kernels(rows: Sequence[Row]) -> list[Row]:
-    """Float32 rows outside ladders, with the nearest rival; without a kernel the reference forward."""
+    """Float32 rows outside ladders, and bfloat16 where pixels are compared with pixels, with the nearest
+    rival; without a kernel the reference forward."""
 
     def case(row: Row) -> tuple[str, ...]:
         return row["op"], row["workload"], row["dtype"], row["pass"]
@@ -86,11 +87,14 @@ def _kernels(rows: Sequence[Row]) -> list[Row]:
     shown = []
     for row in rows:
         unwritten = row["pass"] != "backward" and case(row) not in written
-        if row["dtype"] == "float32" and not row["ladder"] and (row["impl"] != "reference" or unwritten):
+        low = row["dtype"] == "bfloat16" and row["mode"] is not None
+        wanted = (row["dtype"] == "float32" or low) and not row["ladder"]
+        if wanted and (row["impl"] != "reference" or unwritten):
             speedup = row["speedup"]
             rival = min(speedup, key=lambda name: speedup[name], default=None)
             ratios = {"naive": speedup.get("naive"), "least": speedup.get(rival), "rival": rival}
-            shown.append({**row, **ratios})
+            workload = f"{row['workload']}, bfloat16" if low else row["workload"]
+            shown.append({**row, **ratios, "workload": workload})
     return shown
 
 

@@ -212,44 +212,35 @@ class Writer {
   // state: [fields,tile]; rests: [tile]
   void tile(const Group& group, const Positions& held, const float* state, const float* rests,
             int64_t width) const {
-    std::vector<Entry> entries;
     for (int64_t i = 0; i < held.n; ++i) {
-      const int64_t pixel = held[i];
       const float rest = rests[i];
       const auto field = [&](Field f) { return state[f * width + i]; };
       Result r;
       if (reduction_ == Reduction::topk) {
-        read_heap(group, pixel, &entries);
-        double sum = 0.0;
-        for (const Entry& e : entries) sum += e.value;
-        r.value = static_cast<float>(sum / static_cast<double>(entries.size()) * rest);
-        const auto better = [](const Entry& a, const Entry& b) { return is_worse(b, a); };
-        if (out_.index != nullptr) {
-          r.index = pair_.guide.sorted.pixel(std::min_element(entries.begin(), entries.end(), better)->index);
-        }
-      } else {
-        if (out_.index != nullptr) r.index = best_index(field(kIndex));
-        if (reduction_ == Reduction::max) r.value = field(kBest) * rest;
-        if (reduction_ == Reduction::softmax) {
-          const double total = static_cast<double>(field(kTotal)) - static_cast<double>(field(kTotalLost));
-          const double weighted =
-              static_cast<double>(field(kWeighted)) - static_cast<double>(field(kWeightedLost));
-          r.value = static_cast<float>(weighted / total * rest);
-          const double top = static_cast<double>(field(kTop)) * rest - r.value;
-          r.log_total = static_cast<float>(std::log2(total) + top * pair_.in.settings.steepness());
-        }
+        r = mean_of_winners(group, held[i], rest);
+      } else if (out_.index != nullptr) {
+        const float position = field(kIndex);
+        r.index = pair_.guide.sorted.pixel(static_cast<int32_t>(float_to_bits(position)));
       }
-      finish(group, pixel, r, &entries);
+      if (reduction_ == Reduction::max) r.value = field(kBest) * rest;
+      if (reduction_ == Reduction::softmax) {
+        const double total = static_cast<double>(field(kTotal)) - static_cast<double>(field(kTotalLost));
+        const double weighted =
+            static_cast<double>(field(kWeighted)) - static_cast<double>(field(kWeightedLost));
+        r.value = static_cast<float>(weighted / total * rest);
+        const double top = static_cast<double>(field(kTop)) * rest - r.value;
+        r.log_total = static_cast<float>(std::log2(total) + top * pair_.in.settings.steepness());
+      }
+      finish(group, held[i], r);
     }
   }
 
   // Classes of which no pixel is finite: no tile has met them.
   void spoilt_groups() const {
-    std::vector<Entry> none;
     for (const Group& group : pair_.guide.sorted.groups) {
       if (group.count > 0) continue;
       const Positions pixels = pair_.compared_with(group);
-      for (int64_t i = 0; i < pixels.n; ++i) finish(group, pixels[i], Result{}, &none);
+      for (int64_t i = 0; i < pixels.n; ++i) finish(group, pixels[i], Result{});
     }
   }
 
@@ -260,53 +251,72 @@ class Writer {
     float log_total = kNan;
   };
 
-  int64_t best_index(float bits) const {
-    int32_t position;
-    std::memcpy(&position, &bits, sizeof position);
-    return pair_.guide.sorted.pixel(position);
-  }
-
-  void read_heap(const Group& group, int64_t pixel, std::vector<Entry>* to) const {
+  Result mean_of_winners(const Group& group, int64_t pixel, float rest) const {
     const void* from = heap(group, pixel);
-    to->clear();
-    for (int64_t i = 0; i < std::min(k_, group.count); ++i) to->push_back(read_entry(from, i));
+    const int64_t count = std::min(k_, group.count);
+    Entry best = read_entry(from, 0);
+    double sum = 0.0;
+    for (int64_t i = 0; i < count; ++i) {
+      const Entry e = read_entry(from, i);
+      sum += e.value;
+      if (is_worse(best, e)) best = e;
+    }
+    return {static_cast<float>(sum / static_cast<double>(count) * rest), pair_.guide.sorted.pixel(best.index),
+            kNan};
   }
 
-  // What is not finite beats all; of a query that is not, every cosine is NaN.
-  void spoil(const Group& group, bool query_spoilt, Result* r, std::vector<int64_t>* winners) const {
+  // The pixels of a group whose cosines are NaN, `most` of them at most, ascending: those that are not
+  // finite; with a query that is not, all. Their number.
+  int64_t not_numbers(const Group& group, bool query_spoilt, int64_t most, int64_t* to) const {
     const int32_t* finite = pair_.guide.sorted.data() + group.begin;
-    const int32_t* spoilt = finite + group.count;
-    r->value = r->log_total = kNan;
-    std::vector<int64_t> ahead(spoilt, spoilt + group.spoilt);
-    if (query_spoilt) {
-      ahead.insert(ahead.end(), finite, finite + group.count);
-      std::sort(ahead.begin(), ahead.end());
-      winners->clear();
+    const int32_t *spoilt = finite + group.count, *finite_end = query_spoilt ? spoilt : finite;
+    const int32_t* spoilt_end = spoilt + group.spoilt;
+    int64_t count = 0;
+    for (; count < most && (finite != finite_end || spoilt != spoilt_end); ++count) {
+      const bool next = spoilt == spoilt_end || (finite != finite_end && *finite < *spoilt);
+      to[count] = next ? *finite++ : *spoilt++;
     }
-    r->index = ahead[0];
-    winners->insert(winners->begin(), ahead.begin(), ahead.end());
-    winners->resize(std::min(winners->size(), static_cast<size_t>(k_)));
+    return count;
   }
 
-  void finish(const Group& group, int64_t pixel, Result r, std::vector<Entry>* entries) const {
-    const ByClass& guide = pair_.guide.sorted;
-    const bool query_spoilt = pair_.query.spoilt(pixel), spoilt = query_spoilt || group.spoilt > 0;
-    std::vector<int64_t> winners;
-    if (reduction_ == Reduction::topk) {
-      if (spoilt)
-        std::sort(entries->begin(), entries->end(), [](auto& a, auto& b) { return is_worse(b, a); });
-      for (const Entry& e : *entries) winners.push_back(guide.pixel(e.index));
+  // Turn the candidates into winners where they are; what is not a number beats all.
+  void settle_winners(const Group& group, int64_t pixel, bool query_spoilt) const {
+    void* entries = heap(group, pixel);
+    int64_t *winners = out_.winners + pair_.place(pair_.columns_of(group)[0], pixel) * k_, ahead = 0;
+    const int64_t count = std::min(k_, group.count);
+    if (query_spoilt || group.spoilt > 0) {
+      ahead = query_spoilt ? std::min(k_, group.count + group.spoilt) : std::min(k_, group.spoilt);
+      for (int64_t n = count; n > 1; --n) {  // best first
+        const Entry worst = read_entry(entries, 0);
+        replace(entries, n - 1, read_entry(entries, n - 1));
+        write_entry(entries, n - 1, worst);
+      }
     }
-    if (spoilt) spoil(group, query_spoilt, &r, &winners);
-    for (const int64_t column : pair_.columns_of(group)) {
+    const int64_t kept = query_spoilt ? 0 : std::min(k_ - ahead, count);
+    for (int64_t i = kept; i-- > 0;) {
+      winners[ahead + i] = pair_.guide.sorted.pixel(read_entry(entries, i).index);
+    }
+    if (ahead > 0) not_numbers(group, query_spoilt, ahead, winners);
+    std::fill(winners + ahead + kept, winners + k_, -1);
+  }
+
+  void finish(const Group& group, int64_t pixel, Result r) const {
+    const bool query_spoilt = pair_.query.spoilt(pixel);
+    if (query_spoilt || group.spoilt > 0) {
+      r.value = r.log_total = kNan;
+      not_numbers(group, query_spoilt, 1, &r.index);
+    }
+    const std::vector<int64_t>& columns = pair_.columns_of(group);
+    if (reduction_ == Reduction::topk) settle_winners(group, pixel, query_spoilt);
+    for (const int64_t column : columns) {
       const int64_t place = pair_.place(column, pixel);
       if (reduction_ != Reduction::mean) out_.similarity[place] = r.value;
       if (out_.index != nullptr) out_.index[place] = r.index;
       if (reduction_ == Reduction::softmax) out_.log_totals[place] = r.log_total;
-      if (reduction_ != Reduction::topk) continue;
-      int64_t* to = out_.winners + place * k_;
-      std::copy(winners.begin(), winners.end(), to);
-      std::fill(to + winners.size(), to + k_, -1);
+      if (reduction_ == Reduction::topk && column != columns[0]) {
+        const int64_t* from = out_.winners + pair_.place(columns[0], pixel) * k_;
+        std::copy(from, from + k_, out_.winners + place * k_);
+      }
     }
   }
 
@@ -565,6 +575,7 @@ void each_winner(const Pair& pair, const Winners& winners, const Gradient& grad,
   for (int64_t s = 0; s < pair.in.slots(); ++s) {
     const int64_t* of = winners.of(pair, s, pixel);
     const int64_t found = winners.count - std::count(of, of + winners.count, int64_t{-1});
+    if (found == 0) continue;
     for (int64_t j = 0; j < winners.count; ++j) {
       if (of[j] >= 0) f(of[j], grad.at(pair.b, s, pixel) / static_cast<float>(found));
     }

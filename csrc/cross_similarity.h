@@ -142,7 +142,6 @@ inline int64_t workspace_bytes(const Problem& p, int64_t threads, bool backward)
     if (!backward) bytes += sweep_bytes(p.plan(true, false, Reduction::max), threads, false);
   } else if (!backward) {
     bytes = sweep_bytes(p.plan(true, false, p.reduction), threads, false);
-    if (p.reduction == Reduction::topk) bytes += shared_bytes(threads, p.query, 2 * kEntry * winners);
   } else if (p.reduction == Reduction::softmax) {
     bytes = std::max(sweep_bytes(p.plan(true, true, p.reduction), threads, false),
                      sweep_bytes(p.plan(false, true, p.reduction), threads, true)) +

@@ -500,9 +500,13 @@ def test_repeated_classes(
     skip_unless_able(operator, implementation, inputs)
     repeated = inputs | {"classes": torch.tensor([[1, 1, -1, 0, 1, 0]])}
     got = _judged(implementation, repeated, device)
-    for name in ("output0", "output1"):
-        for slot, like in ((1, 0), (4, 0), (5, 3)):
-            assert_equal(got[name][:, slot], got[name][:, like], what=f"{name} of slot {slot}")
+    # A matrix product with several means may sum each of them in another order.
+    relative = 2 * torch.finfo(torch.float32).eps if reduction == "mean" else 0.0
+    for slot, like in ((1, 0), (4, 0), (5, 3)):
+        assert_close(
+            got["output0"][:, slot], got["output0"][:, like], relative, what=f"similarity of slot {slot}"
+        )
+        assert_equal(got["output1"][:, slot], got["output1"][:, like], what=f"index of slot {slot}")
 
     def grads(call: dict[str, Any], grad: Tensor) -> list[Tensor]:
         leaves = [call[name].clone().to(device).requires_grad_() for name in BOTH]

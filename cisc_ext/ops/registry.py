@@ -22,7 +22,9 @@ EXTRA_BYTES_CPU = 64 * 2**20
 A gradient made in the forward pass is one, in float32 until it is scaled. The references hold whole rows of
 labels and upsampled logits: the bound is theirs up to about 2**20 numbers, classes times width, in a row. The
 compiled kernels keep to it on any number of threads: with labels no smaller than maps or logits and up to
-2**18 wide, up to 2**16 classes or maps, and in prototype_similarity 2**21 numbers in an image's prototypes.
+2**18 wide, up to 2**16 classes or maps, in prototype_similarity 2**21 numbers in an image's prototypes; in
+cross_similarity up to 2**19 pixels, a guide pixel that is best 2**20 times, and 2**21 numbers in the means of
+the classes.
 """
 
 _log = logging.getLogger("cisc_ext.ops")
