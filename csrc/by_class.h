@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "bilinear.h"
@@ -27,6 +28,13 @@ struct ByClass {
   }
 
   const int32_t* data() const { return order.empty() ? nullptr : order.data(); }
+
+  // The groups that one of a slot in the other image is compared with, as a range.
+  std::pair<int64_t, int64_t> partners(int32_t slot) const {
+    if (slot < 0 || group_of.empty()) return {0, static_cast<int64_t>(groups.size())};
+    const int64_t own = group_of[static_cast<size_t>(slot)];
+    return {own, own < 0 ? own : own + 1};
+  }
 
   // The group of a slot, or null.
   const Group* find(int32_t slot) const {
@@ -108,6 +116,7 @@ class Cut {
     }
   }
 
+  int64_t unit() const { return unit_; }
   int64_t count() const { return first_.back(); }
   int64_t first(int64_t group) const { return first_[static_cast<size_t>(group)]; }
 

@@ -44,6 +44,8 @@ class Crew {
       : items_(items),
         size_(crew_size(torch::stable::get_num_threads(), (items + grain - 1) / grain, bytes, most)) {}
 
+  int64_t size() const { return size_; }
+
   // n elements for each thread
   template <typename T>
   PerThread<T> each(int64_t n) const {

@@ -22,6 +22,7 @@ namespace {
 constexpr const char* kForward = "cross_similarity";
 constexpr const char* kBackward = "cross_similarity_backward";
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+constexpr int64_t kMostSide = 1LL << 30, kMostPixels = (1LL << 31) - 64;  // positions are int32
 constexpr double kLn2 = 0.69314718055994531;
 
 using MaybeTensor = std::optional<Tensor>;
@@ -40,9 +41,8 @@ struct Settings {
 };
 
 Reduction reduction_of(const char* op, const std::string& name) {
-  for (int32_t i = 0; i < 4; ++i) {
-    if (name == kReductionNames[i]) return static_cast<Reduction>(i);
-  }
+  Reduction found{};
+  if (find_reduction(name, &found)) return found;
   fail(op, "reduction must be max, topk, softmax or mean, got ", name);
 }
 
@@ -51,6 +51,7 @@ struct Inputs {
   const Tensor &query, &guide, &guide_labels;
   const MaybeTensor &classes, &query_labels;
   Settings settings;
+  const char* op;
 
   int64_t batch() const { return query.size(0); }
   int64_t channels() const { return query.size(1); }
@@ -64,18 +65,22 @@ void check_image(const char* op, const char* name, const Tensor& image, const ch
   check_rank(op, name, image, 4, shape);
   check_features(op, name, image.scalar_type());
   check_cpu(op, name, image);
-  check(image.size(2) * image.size(3) <= INT32_MAX, op, name, " must have less than 2^31 pixels, got ",
-        image.size(2), " x ", image.size(3));
+  const int64_t h = image.size(2), w = image.size(3);
+  check(h <= kMostSide && w <= kMostSide && h * w <= kMostPixels, op, name, " must have at most ",
+        kMostPixels, " pixels, got ", h, " x ", w);
 }
 
 void check_pair_labels(const char* op, const char* name, const Tensor& labels, const Tensor& image) {
   check_labels(op, labels, name);
   check_size(op, name, labels, 0, image.size(0), "[B,H,W]");
+  check(labels.size(1) <= kMostSide && labels.size(2) <= kMostSide, op, name, " must have sides of at most ",
+        kMostSide, " pixels, got ", labels.size(1), " x ", labels.size(2));
   check(labels.size(1) * labels.size(2) > 0 || image.size(2) * image.size(3) == 0, op, name,
         " must have at least one pixel");
 }
 
-void check_inputs(const char* op, const Inputs& in) {
+void check_inputs(const Inputs& in) {
+  const char* op = in.op;
   check_image(op, "query", in.query, "[B,C,h,w]");
   check_image(op, "guide", in.guide, "[B,C,h',w']");
   check_size(op, "guide", in.guide, 0, in.batch(), "[B,C,h',w']");
@@ -114,7 +119,7 @@ struct Pair {
   const Inputs& in;
   int64_t b;
   Side query, guide;
-  std::vector<std::vector<int64_t>> columns;  // [slots] of the output; in own-label mode all are 0
+  std::vector<std::vector<int64_t>> columns;  // [slots] of the output; in own-label mode one for all
 
   Pair(const Inputs& inputs, int64_t image)
       : in(inputs),
@@ -131,7 +136,7 @@ struct Pair {
   }
 
   void by_classes() {
-    const Slots slots(read_classes(kForward, *in.classes, b));
+    const Slots slots(read_classes(in.op, *in.classes, b));
     columns.resize(static_cast<size_t>(slots.count));
     for (size_t s = 0; s < slots.of_column.size(); ++s) {
       if (slots.of_column[s] >= 0)
@@ -155,14 +160,14 @@ struct Pair {
       own.values.erase(std::unique(own.values.begin(), own.values.end()), own.values.end());
       if (own.values.empty()) own.values.push_back(own.ignore_index);  // no guide pixel
     }
-    columns.assign(static_cast<size_t>(own.slots()), {0});
+    columns = {{0}};
     guide.sorted = sort_by_class(codes(in.guide_labels, in.guide, own), own.slots(),
                                  [&](int64_t pixel) { return guide.spoilt(pixel); });
     query.sorted = sort_by_class(codes(labels, in.query, own), own.slots(), [](int64_t) { return false; });
   }
 
   const std::vector<int64_t>& columns_of(const Group& group) const {
-    return columns[static_cast<size_t>(group.slot)];
+    return columns[in.classes ? static_cast<size_t>(group.slot) : 0];
   }
 
   // The query's pixels that are compared with a group of the guide.
@@ -209,26 +214,24 @@ class Writer {
     return out_.winners + pair_.place(pair_.columns_of(group)[0], pixel) * k_;
   }
 
-  // state: [fields,tile]; rests: [tile]
-  void tile(const Group& group, const Positions& held, const float* state, const float* rests,
-            int64_t width) const {
+  // state: [fields,tile]
+  void tile(const Group& group, const Positions& held, const float* state, int64_t width) const {
     for (int64_t i = 0; i < held.n; ++i) {
-      const float rest = rests[i];
       const auto field = [&](Field f) { return state[f * width + i]; };
       Result r;
       if (reduction_ == Reduction::topk) {
-        r = mean_of_winners(group, held[i], rest);
+        r = mean_of_winners(group, held[i]);
       } else if (out_.index != nullptr) {
         const float position = field(kIndex);
         r.index = pair_.guide.sorted.pixel(static_cast<int32_t>(float_to_bits(position)));
       }
-      if (reduction_ == Reduction::max) r.value = field(kBest) * rest;
+      if (reduction_ == Reduction::max) r.value = field(kBest);
       if (reduction_ == Reduction::softmax) {
         const double total = static_cast<double>(field(kTotal)) - static_cast<double>(field(kTotalLost));
         const double weighted =
             static_cast<double>(field(kWeighted)) - static_cast<double>(field(kWeightedLost));
-        r.value = static_cast<float>(weighted / total * rest);
-        const double top = static_cast<double>(field(kTop)) * rest - r.value;
+        r.value = static_cast<float>(weighted / total);
+        const double top = static_cast<double>(field(kTop)) - static_cast<double>(r.value);
         r.log_total = static_cast<float>(std::log2(total) + top * pair_.in.settings.steepness());
       }
       finish(group, held[i], r);
@@ -251,7 +254,7 @@ class Writer {
     float log_total = kNan;
   };
 
-  Result mean_of_winners(const Group& group, int64_t pixel, float rest) const {
+  Result mean_of_winners(const Group& group, int64_t pixel) const {
     const void* from = heap(group, pixel);
     const int64_t count = std::min(k_, group.count);
     Entry best = read_entry(from, 0);
@@ -261,8 +264,7 @@ class Writer {
       sum += e.value;
       if (is_worse(best, e)) best = e;
     }
-    return {static_cast<float>(sum / static_cast<double>(count) * rest), pair_.guide.sorted.pixel(best.index),
-            kNan};
+    return {static_cast<float>(sum / static_cast<double>(count)), pair_.guide.sorted.pixel(best.index), kNan};
   }
 
   // The pixels of a group whose cosines are NaN, `most` of them at most, ascending: those that are not
@@ -351,7 +353,7 @@ void compare(const Pair& pair, const Outputs& out) {
         v.run.seen = v.row;
       }
       kernels().reduce(passes, pairs, indexed, v.run);
-      if (v.ends) writer.tile(*v.group, v.held, v.run.state, v.run.held_rest, width);
+      if (v.ends) writer.tile(*v.group, v.held, v.run.state, width);
     });
   }
   writer.spoilt_groups();
@@ -431,19 +433,9 @@ void each_tile(const ByClass& sorted, int64_t floats, const Function& f) {
   const Crew crew(tiles.count(), 4 * floats, 1, kThreadsBytes);
   const auto workspaces = crew.each<float>(floats);
   crew.share(tiles.count(), [&](int64_t thread, int64_t tile) {
-    const Group& group = sorted.groups[static_cast<size_t>(tiles.group(tile))];
-    const int64_t first = (tile - tiles.first(tiles.group(tile))) * width;
-    f(workspaces[thread], Positions{sorted.data(), group.begin + first, std::min(width, group.count - first)},
-      group);
+    f(workspaces[thread], positions_of(sorted, tiles, tile),
+      sorted.groups[static_cast<size_t>(tiles.group(tile))]);
   });
-}
-
-// The guide's groups that a group of the query is compared with, as a range.
-std::pair<int64_t, int64_t> partners(const Pair& pair, const Group& group) {
-  const ByClass& guide = pair.guide.sorted;
-  if (group.slot < 0) return {0, static_cast<int64_t>(guide.groups.size())};
-  const int64_t own = guide.group_of[static_cast<size_t>(group.slot)];
-  return {own, own < 0 ? own : own + 1};
 }
 
 void compare_with_means(const Pair& pair, const Outputs& out) {
@@ -451,7 +443,7 @@ void compare_with_means(const Pair& pair, const Outputs& out) {
   const int64_t channels = means.channels, width = shape_of(isa()).tile;
   const int64_t floats = (channels + 1 + means.panel + 1) * width;
   each_tile(pair.query.sorted, floats, [&](float* packed, const Positions& held, const Group& group) {
-    const auto [begin, end] = partners(pair, group);
+    const auto [begin, end] = pair.guide.sorted.partners(group.slot);
     if (begin == end) return;
     float *rest = packed + std::max<int64_t>(channels, 1) * width, *values = rest + width;
     kernels().pack_tile(pair.query.pixels, held, false, packed, rest);
@@ -461,7 +453,8 @@ void compare_with_means(const Pair& pair, const Outputs& out) {
       }
       for (const int64_t column : pair.columns_of(pair.guide.sorted.groups[static_cast<size_t>(g)])) {
         for (int64_t i = 0; i < held.n; ++i) {
-          out.similarity[pair.place(column, held[i])] = values[g % means.panel * width + i] * rest[i];
+          const float value = values[g % means.panel * width + i];
+          out.similarity[pair.place(column, held[i])] = pair.query.spoilt(held[i]) ? kNan : value;
         }
       }
     }
@@ -483,8 +476,8 @@ std::tuple<Tensor, Tensor, Tensor> forward_op(const Tensor& query, const Tensor&
                                               int64_t k, double temperature, int64_t ignore_index, double eps,
                                               bool return_index) {
   const Settings settings{reduction_of(kForward, reduction), k, temperature, ignore_index, eps};
-  const Inputs in{query, guide, guide_labels, classes, query_labels, settings};
-  check_inputs(kForward, in);
+  const Inputs in{query, guide, guide_labels, classes, query_labels, settings, kForward};
+  check_inputs(in);
   const bool topk = settings.reduction == Reduction::topk, softmax = settings.reduction == Reduction::softmax;
   const bool indexed = return_index || settings.reduction == Reduction::max;
   const std::vector<int64_t> shape{in.batch(), in.slots(), query.size(2), query.size(3)}, none{0};
@@ -576,8 +569,9 @@ void each_winner(const Pair& pair, const Winners& winners, const Gradient& grad,
     const int64_t* of = winners.of(pair, s, pixel);
     const int64_t found = winners.count - std::count(of, of + winners.count, int64_t{-1});
     if (found == 0) continue;
+    const float share = grad.at(pair.b, s, pixel) / static_cast<float>(found);
     for (int64_t j = 0; j < winners.count; ++j) {
-      if (of[j] >= 0) f(of[j], grad.at(pair.b, s, pixel) / static_cast<float>(found));
+      if (of[j] >= 0) f(of[j], share);
     }
   }
 }
@@ -735,7 +729,7 @@ void mean_to_query(const Pair& pair, const Gradient& grad, const Image<void*>& t
   each_tile(pair.query.sorted, floats, [&](float* workspace, const Positions& held, const Group& group) {
     float *sums = workspace + (channels + 1) * width, *slopes = sums + channels * width;
     std::fill(sums, slopes + means.panel * width, 0.0f);
-    const auto [begin, end] = partners(pair, group);
+    const auto [begin, end] = pair.guide.sorted.partners(group.slot);
     for (int64_t g = begin; g < end;) {
       const int64_t behind = std::min(g / means.panel * means.panel + means.panel, end);
       for (int64_t row = g; row < behind; ++row) {
@@ -814,8 +808,8 @@ std::tuple<Tensor, Tensor> backward_op(const Tensor& grad, const Tensor& similar
                                        int64_t k, double temperature, int64_t ignore_index, double eps,
                                        bool need_query, bool need_guide) {
   const Settings settings{reduction_of(kBackward, reduction), k, temperature, ignore_index, eps};
-  const Inputs in{query, guide, guide_labels, classes, query_labels, settings};
-  check_inputs(kBackward, in);
+  const Inputs in{query, guide, guide_labels, classes, query_labels, settings, kBackward};
+  check_inputs(in);
   const std::vector<int64_t> shape{in.batch(), in.slots(), query.size(2), query.size(3)}, none{0};
   check_rank(kBackward, "grad", grad, 4, "[B,S,h,w]");
   check_dtype(kBackward, "grad", grad.scalar_type(), {ScalarType::Float}, "float32");

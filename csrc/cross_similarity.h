@@ -8,7 +8,9 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <string>
 
+#include "bilinear.h"
 #include "convert.h"
 #include "isa.h"
 #include "work.h"
@@ -18,6 +20,16 @@ namespace cisc::cross_similarity {
 enum class Reduction : int32_t { max, topk, softmax, mean };
 
 constexpr const char* kReductionNames[] = {"max", "topk", "softmax", "mean"};
+
+// false where there is no such name.
+inline bool find_reduction(const std::string& name, Reduction* to) {
+  for (int32_t i = 0; i < 4; ++i) {
+    if (name != kReductionNames[i]) continue;
+    *to = static_cast<Reduction>(i);
+    return true;
+  }
+  return false;
+}
 
 struct Shape {
   int64_t tile;   // held pixels
@@ -53,7 +65,7 @@ struct Plan {
   int64_t row_words;     // of a panel in pairs of pixels, or 0
   int64_t panels;        // of a piece
   int64_t block;         // panels that many tiles pass in turn
-  int64_t tiles;         // of a task
+  int64_t tiles;         // of a task, at most
   int64_t held_tiles;    // whose state, or sums, are at hand
   int64_t fields;        // floats of state of a held pixel; channels where it is a gradient
   int64_t thread_bytes;  // workspace of a thread
@@ -73,7 +85,10 @@ inline Plan plan(Shape shape, int64_t channels, int64_t held, int64_t streamed, 
   p.panels = std::max<int64_t>(std::min(kPieceBytes / panel_bytes, ceil_div(streamed, shape.panel)), 1);
   p.block = std::max<int64_t>(kBlockBytes / panel_bytes, 1);
   p.tiles = std::max<int64_t>(kHeldBytes / tile_bytes, 1);
-  p.fields = backward ? channels : reduction == Reduction::max ? kIndex + 1 : kFields;
+  p.fields = backward                          ? channels
+             : reduction == Reduction::topk    ? 0
+             : reduction == Reduction::softmax ? static_cast<int64_t>(kFields)
+                                               : kIndex + 1;
   const int64_t most =
       backward ? kSumsBytes / std::max<int64_t>(4 * channels * shape.tile, 1) : kStatePixels / shape.tile;
   p.held_tiles = std::clamp<int64_t>(most, 1, std::max<int64_t>(ceil_div(held, shape.tile), 1));
@@ -120,8 +135,7 @@ inline int64_t shared_bytes(int64_t threads, int64_t items, int64_t bytes) {
 inline int64_t sweep_bytes(const Plan& p, int64_t threads, bool parameters) {
   const int64_t held = p.held_tiles * p.shape.tile;
   const int64_t panel = p.shape.panel * (p.depth + 1 + (parameters ? kParameters : 0)) + p.row_words;
-  return 4 * p.panels * panel + 4 * held * p.fields +
-         shared_bytes(threads, ceil_div(p.held_tiles, p.tiles), p.thread_bytes);
+  return 4 * p.panels * panel + 4 * held * p.fields + shared_bytes(threads, p.held_tiles, p.thread_bytes);
 }
 
 // What a call takes beyond its results.
@@ -200,7 +214,7 @@ struct Positions {
   const int32_t* order;
   int64_t first, n;
 
-  int64_t operator[](int64_t i) const { return order != nullptr ? order[first + i] : first + i; }
+  CISC_HD int64_t operator[](int64_t i) const { return order != nullptr ? order[first + i] : first + i; }
 };
 
 // A candidate of "topk".
@@ -246,8 +260,8 @@ struct Segments {
 struct Kernels {
   // Fills the lengths of n <= kMeasured pixels.
   void (*measure)(const Pixels&, double eps, int64_t first, int64_t n);
-  // to: [depth,tile] or [depth,panel]; rest: [tile] or [panel], 1 for unit vectors that are not 0, NaN for
-  // what is not finite; 0 behind the last pixel
+  // to: [depth,tile] or [depth,panel]; rest: [tile] or [panel], 1 for unit vectors; 0 for what is
+  // shorter than eps or not finite, and behind the last pixel
   void (*pack_tile)(const Pixels&, const Positions&, bool pairs, float* to, float* rest);
   void (*pack_panel)(const Pixels&, const Positions&, bool pairs, float* to, float* rest);
   void (*reduce)(Reduction, bool pairs, bool index, const Run&);

@@ -21,6 +21,7 @@ static_assert(shape_of(kIsa).tile == kTile && shape_of(kIsa).panel == kPanel, "w
 static_assert(kSlopeRows % kPanel == 0, "slopes are of whole panels");
 
 constexpr float kInfinity = __builtin_inff();
+constexpr double kLeast = 1.17549435e-38;  // length of a vector that is not 0
 
 // Half a vector of float32 as float64.
 typedef float Half __attribute__((vector_size(2 * kLanes)));
@@ -45,7 +46,7 @@ inline void with_kind(Float kind, const void* data, Function&& f) {
 }
 
 inline void measure(const Pixels& p, double eps, int64_t first, int64_t n) {
-  constexpr int64_t kStep = kLanes / 2;
+  constexpr int64_t kHalf = kLanes / 2;
   alignas(64) double squares[kMeasured];
   alignas(64) float row[kMeasured] = {};
   for (double& square : squares) square = 0.0;
@@ -55,7 +56,7 @@ inline void measure(const Pixels& p, double eps, int64_t first, int64_t n) {
       each_run(p.width, image.stride_y, image.stride_x, first, n, [&](int64_t at, int64_t from, int64_t run) {
         read_row(data + c * image.stride_c + from, image.stride_x, run, row + at);
       });
-      for (int64_t i = 0; i < n; i += kStep) {
+      for (int64_t i = 0; i < n; i += kHalf) {
         D sum;
         std::memcpy(&sum, squares + i, sizeof sum);
         const D value = widen(row + i);
@@ -71,7 +72,7 @@ inline void measure(const Pixels& p, double eps, int64_t first, int64_t n) {
     float& low = p.lengths.low[first + i];
     scale = low = 0.0f;
     rest = finite ? 0.0f : __builtin_nanf("");
-    if (!finite || norm < eps) continue;
+    if (!finite || norm < eps || norm < kLeast) continue;
     int64_t bits;
     std::memcpy(&bits, &norm, sizeof bits);
     int64_t exponent = 1023 - (bits >> 52);
@@ -157,7 +158,7 @@ inline void pack(const Pixels& p, const Positions& positions, bool pairs, float*
   const Taken<kWidth> wanted(p.lengths.rest, positions), low(p.lengths.low, positions);
   for (int i = 0; i < kWidth; ++i) {
     const float value = wanted.of[i];
-    rest[i] = pairs || !(value > 0.0f) ? value : 1.0f;
+    rest[i] = !(value > 0.0f) ? 0.0f : pairs ? value : 1.0f;
   }
   if (p.channels == 0) std::memset(to, 0, kWidth * sizeof(float));
   if (!pairs) {
@@ -217,6 +218,14 @@ struct Stored {
   F operator()(int r, int v) const { return load(data + r * kTile + v * kLanes); }
 };
 
+inline void store_block(const Block& b, float* to) {
+#pragma GCC unroll 12
+  for (int r = 0; r < kPanel; ++r) {
+    store(to + r * kTile, b.of[r][0]);
+    store(to + r * kTile + kLanes, b.of[r][1]);
+  }
+}
+
 // Sums of `count` words' products.
 template <bool kPairs>
 inline Block multiply_chunk(const float* held, const float* streamed, int64_t count) {
@@ -239,11 +248,7 @@ inline Block multiply(const float* held, const float* streamed, int64_t depth) {
   alignas(64) float sums[kPanel * kTile];
   Block b = multiply_chunk<kPairs>(held, streamed, depth < kChunk ? depth : kChunk);
   for (int64_t done = kChunk; done < depth; done += kChunk) {
-#pragma GCC unroll 12
-    for (int r = 0; r < kPanel; ++r) {
-      store(sums + r * kTile, b.of[r][0]);
-      store(sums + r * kTile + kLanes, b.of[r][1]);
-    }
+    store_block(b, sums);
     const int64_t count = depth - done < kChunk ? depth - done : kChunk;
     b = multiply_chunk<kPairs>(held + done * kTile, streamed + done * kPanel, count);
 #pragma GCC unroll 12
@@ -255,28 +260,25 @@ inline Block multiply(const float* held, const float* streamed, int64_t depth) {
   return b;
 }
 
-// Times a number for each streamed pixel.
+// Cosines. The product of the two rests comes first: swapping the roles changes no bit.
 template <bool kPairs>
-inline Block multiply(const float* held, const float* streamed, int64_t depth, const float* rest) {
+inline Block cosines(const float* held, const float* held_rest, const float* streamed, int64_t depth,
+                     const float* rest) {
   Block b = multiply<kPairs>(held, streamed, depth);
+  const F first = load(held_rest), second = load(held_rest + kLanes);
 #pragma GCC unroll 12
   for (int r = 0; r < kPanel; ++r) {
-    b.of[r][0] *= rest[r];
-    b.of[r][1] *= rest[r];
+    b.of[r][0] *= first * rest[r];
+    b.of[r][1] *= second * rest[r];
   }
   return b;
 }
 
 // A call of its own, so that all registers are the sums'.
 template <bool kPairs>
-__attribute__((noinline)) void multiply_to(const float* held, const float* streamed, int64_t depth,
-                                           const float* rest, float* to) {
-  const Block b = multiply<kPairs>(held, streamed, depth, rest);
-#pragma GCC unroll 12
-  for (int r = 0; r < kPanel; ++r) {
-    store(to + r * kTile, b.of[r][0]);
-    store(to + r * kTile + kLanes, b.of[r][1]);
-  }
+__attribute__((noinline)) void cosines_to(const float* held, const float* held_rest, const float* streamed,
+                                          int64_t depth, const float* rest, float* to) {
+  store_block(cosines<kPairs>(held, held_rest, streamed, depth, rest), to);
 }
 
 // The larger of each lane's first `rows` values.
@@ -432,26 +434,22 @@ struct TopK {
 template <bool kIndexed>
 struct Softmax {
   static constexpr bool kInRegisters = false;
-  F slope[2], top[2];
+  F slope, top[2];
   Total total[2], weighted[2];
   Best best;
 
-  explicit Softmax(const Run& run) : best(run) {
+  explicit Softmax(const Run& run) : slope(broadcast(run.steepness)), best(run) {
+    constexpr float kMild = 56.0f;  // 2^(-2 kMild) is far above the least float
     for (int v = 0; v < 2; ++v) {
-      const F rest = load(run.held_rest + v * kLanes);
-      slope[v] = rest * run.steepness;
-      top[v] = run.begins ? first_top(run, rest) : load(run.state + kTop * kTile + v * kLanes);
-      if (run.begins) continue;
       const float* state = run.state + v * kLanes;
+      if (run.begins) {
+        top[v] = broadcast(run.steepness <= kMild ? 1.0f : -2.0f);
+        continue;
+      }
+      top[v] = load(state + kTop * kTile);
       total[v] = {load(state + kTotal * kTile), load(state + kTotalLost * kTile)};
       weighted[v] = {load(state + kWeighted * kTile), load(state + kWeightedLost * kTile)};
     }
-  }
-
-  static F first_top(const Run& run, F rest) {
-    constexpr float kMild = 56.0f;  // 2^(-2 kMild) is far above the least float
-    const F one = select(less(F{}, rest), 1.0f / rest, broadcast(1.0f));
-    return run.steepness <= kMild ? one : broadcast(-4.0f);
   }
 
   void take(const Stored& b, int rows, int32_t first) {
@@ -462,7 +460,7 @@ struct Softmax {
       F sum{}, product{};
 #pragma GCC unroll 12
       for (int r = 0; r < rows; ++r) {
-        const F weight = exp2((b(r, v) - top[v]) * slope[v]);
+        const F weight = exp2((b(r, v) - top[v]) * slope);
         sum += weight;
         product = fma(weight, b(r, v), product);
       }
@@ -473,7 +471,7 @@ struct Softmax {
 
   void raise(int v, F to) {
     to = max(to, top[v]);
-    const F factor = exp2((top[v] - to) * slope[v]);
+    const F factor = exp2((top[v] - to) * slope);
     top[v] = to;
     for (Total* sum : {&total[v], &weighted[v]}) {
       sum->value *= factor;
@@ -505,11 +503,11 @@ inline void reduce(const Run& run) {
     // A maximum is taken at once; what needs more registers starts from memory.
     if constexpr (State::kInRegisters) {
       if (rows >= kPanel) {
-        state.take(multiply<kPairs>(run.held, streamed, run.depth, rest), kPanel, first);
+        state.take(cosines<kPairs>(run.held, run.held_rest, streamed, run.depth, rest), kPanel, first);
         continue;
       }
     }
-    multiply_to<kPairs>(run.held, streamed, run.depth, rest, block);
+    cosines_to<kPairs>(run.held, run.held_rest, streamed, run.depth, rest, block);
     if (rows >= kPanel) {
       state.take(Stored{block}, kPanel, first);
     } else {
@@ -535,9 +533,7 @@ inline void reduce(Reduction reduction, bool pairs, bool index, const Run& run) 
 }
 
 inline void products(const float* held, const float* streamed, int64_t depth, float* to) {
-  alignas(64) float ones[kPanel];
-  for (float& one : ones) one = 1.0f;
-  multiply_to<false>(held, streamed, depth, ones, to);
+  store_block(multiply<false>(held, streamed, depth), to);
 }
 
 // Words of `streamed` in pairs of channels become such in pairs of pixels.
@@ -625,9 +621,8 @@ inline void back(const Run& run) {
   constexpr int64_t kSlopes = (kPairs ? kPanel / 2 : kPanel) * kTile;  // words of a panel's
   const float *streamed = run.streamed, *rest = run.streamed_rest, *parameters = run.streamed_parameters;
   const float* values = kPairs ? run.streamed_rows : run.streamed;
-  F held_rest[2], held[kParameters][2] = {};
+  F held[kParameters][2] = {};
   for (int v = 0; v < 2; ++v) {
-    held_rest[v] = load(run.held_rest + v * kLanes);
     for (int i = 0; i < kParameters && kHeldParameters; ++i) {
       held[i][v] = load(run.held_parameters + i * kTile + v * kLanes);
     }
@@ -636,7 +631,7 @@ inline void back(const Run& run) {
     const int64_t count = run.rows - begin < kSlopeRows ? run.rows - begin : kSlopeRows;
     float* slopes = run.slopes;
     for (int64_t row = 0; row < count; row += kPanel) {
-      multiply_to<kPairs>(run.held, streamed, run.depth, rest, slopes);
+      cosines_to<kPairs>(run.held, run.held_rest, streamed, run.depth, rest, slopes);
 #pragma GCC unroll 12
       for (int r = 0; r < kPanel; ++r) {
         for (int v = 0; v < 2; ++v) {
@@ -644,11 +639,15 @@ inline void back(const Run& run) {
             return kHeldParameters ? held[i][v] : broadcast(parameters[i * kPanel + r]);
           };
           float* at = slopes + r * kTile + v * kLanes;
-          const F above = load(at) * held_rest[v] - parameter(kValue);
+          const F above = load(at) - parameter(kValue);
           const F p = exp2(min(F{}, fma(above, broadcast(run.steepness), -parameter(kLogTotal))));
           const F lift = fma(above, broadcast(run.inverse_temperature), broadcast(1.0f));
           store(at, parameter(kGrad) * p * lift * rest[r]);
         }
+      }
+      for (int64_t r = count - row; r < kPanel; ++r) {  // behind the last pixel
+        store(slopes + r * kTile, F{});
+        store(slopes + r * kTile + kLanes, F{});
       }
       narrow_slopes<kPairs>(slopes);
       slopes += kSlopes;

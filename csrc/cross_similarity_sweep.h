@@ -16,6 +16,13 @@ std::unique_ptr<T[]> unfilled(int64_t n) {
   return std::unique_ptr<T[]>(new T[static_cast<size_t>(std::max<int64_t>(n, 1))]);
 }
 
+// Pixels of a piece of a cut side.
+inline Positions positions_of(const ByClass& sorted, const Cut& cut, int64_t piece) {
+  const int64_t group = cut.group(piece), first = (piece - cut.first(group)) * cut.unit();
+  const Group& of = sorted.groups[static_cast<size_t>(group)];
+  return {sorted.data(), of.begin + first, std::min(cut.unit(), of.count - first)};
+}
+
 // One image of a pair.
 struct Side {
   std::unique_ptr<float[]> lengths;  // [3,pixels], what `pixels` points to
@@ -74,14 +81,13 @@ class Sweep {
         data_(unfilled<float>(plan.panels * panel_words())),
         rest_(unfilled<float>(plan.panels * plan.shape.panel)),
         rows_(unfilled<float>(plan.panels * plan.row_words)),
-        crew_(ceil_div(std::min(tiles_.count(), plan.held_tiles), plan.tiles), plan.thread_bytes, 1,
-              kThreadsBytes),
+        crew_(std::min(tiles_.count(), plan.held_tiles), plan.thread_bytes, 1, kThreadsBytes),
         workspaces_(crew_.each<float>(plan.thread_bytes / 4)) {}
 
   int64_t tiles() const { return tiles_.count(); }
 
   // Pixels of a tile.
-  Positions tile(int64_t number) const { return positions(held_.sorted, tiles_, plan_.shape.tile, number); }
+  Positions tile(int64_t number) const { return positions_of(held_.sorted, tiles_, number); }
 
   // Behind a thread's packed tiles.
   float* workspace(int64_t thread) const {
@@ -99,9 +105,11 @@ class Sweep {
         const int64_t group = tiles_.group(from);
         const int64_t to = by_group ? std::min(tiles_.first(group + 1), end) : end;
         prepare(group, first, last);
-        crew_.share(ceil_div(to - from, plan_.tiles), [&](int64_t thread, int64_t item) {
-          const int64_t tile = from + item * plan_.tiles;
-          pass(thread, tile, std::min(tile + plan_.tiles, to), first, last, visit);
+        // Some tasks for each thread, however few the tiles.
+        const int64_t step = std::clamp<int64_t>((to - from) / (8 * crew_.size()), 1, plan_.tiles);
+        crew_.share(ceil_div(to - from, step), [&](int64_t thread, int64_t item) {
+          const int64_t tile = from + item * step;
+          pass(thread, tile, std::min(tile + step, to), first, last, visit);
         });
         from = to;
       }
@@ -113,17 +121,9 @@ class Sweep {
   }
 
   // Pixels of a panel.
-  Positions panel(int64_t number) const {
-    return positions(streamed_.sorted, panels_, plan_.shape.panel, number);
-  }
+  Positions panel(int64_t number) const { return positions_of(streamed_.sorted, panels_, number); }
 
  private:
-  static Positions positions(const ByClass& sorted, const Cut& cut, int64_t unit, int64_t number) {
-    const int64_t group = cut.group(number), first = (number - cut.first(group)) * unit;
-    const Group& of = sorted.groups[static_cast<size_t>(group)];
-    return {sorted.data(), of.begin + first, std::min(unit, of.count - first)};
-  }
-
   int64_t panel_words() const { return plan_.depth * plan_.shape.panel; }
 
   void pack(int64_t first, int64_t last) {
@@ -141,17 +141,6 @@ class Sweep {
     packed_last_ = last;
   }
 
-  // The groups of the streamed side that a tile is compared with, as a range.
-  void partners(int64_t tile, int64_t* begin, int64_t* end) const {
-    const ByClass& streamed = streamed_.sorted;
-    const int32_t slot = held_.sorted.groups[static_cast<size_t>(tiles_.group(tile))].slot;
-    *begin = 0;
-    *end = static_cast<int64_t>(streamed.groups.size());
-    if (slot < 0 || streamed.group_of.empty()) return;
-    *begin = streamed.group_of[static_cast<size_t>(slot)];
-    *end = *begin < 0 ? *begin : *begin + 1;
-  }
-
   template <typename Act>
   void pass(int64_t thread, int64_t begin, int64_t end, int64_t first, int64_t last, const Act& visit) {
     const int64_t tile_words = plan_.depth * plan_.shape.tile, width = plan_.shape.panel;
@@ -161,8 +150,8 @@ class Sweep {
     for (int64_t from = first; from < last; from += plan_.block) {
       const int64_t to = std::min(from + plan_.block, last);
       for (int64_t number = begin; number < end; ++number) {
-        int64_t group, behind;
-        partners(number, &group, &behind);
+        const int32_t slot = held_.sorted.groups[static_cast<size_t>(tiles_.group(number))].slot;
+        auto [group, behind] = streamed_.sorted.partners(slot);
         if (group < behind) group = std::max(group, panels_.group(from));
         for (; group < behind && panels_.first(group) < to; ++group) {
           const int64_t a = std::max(panels_.first(group), from), e = std::min(panels_.first(group + 1), to);

@@ -85,14 +85,6 @@ py::dict upsampling(const cisc::upsample::Plan& p, int64_t bytes, const cisc::Wo
   return described(tile, bytes, work);
 }
 
-cisc::cross_similarity::Reduction reduction_of(const std::string& name) {
-  namespace ns = cisc::cross_similarity;
-  for (int32_t i = 0; i < 4; ++i) {
-    if (name == ns::kReductionNames[i]) return static_cast<ns::Reduction>(i);
-  }
-  throw std::invalid_argument("plan: reduction must be max, topk, softmax or mean, got " + name);
-}
-
 // One row per operator that has kernels here; `backward` is the gradient, made with the loss where there is
 // one, `ohem` that hard pixels are searched for before; `reduction` and `k` are of cross_similarity.
 py::dict plan(const std::string& op, const Shapes& shapes, const std::string& dtype,
@@ -167,6 +159,10 @@ py::dict plan(const std::string& op, const Shapes& shapes, const std::string& dt
     const Shape &query = shape_of(op, shapes, "query", 4), &guide = shape_of(op, shapes, "guide", 4);
     const int64_t slots = shapes.count("classes") > 0 ? shape_of(op, shapes, "classes", 2)[1] : 1;
     if (k < 1) throw std::invalid_argument("plan: k must be at least 1");
+    ns::Reduction by{};
+    if (!ns::find_reduction(reduction, &by)) {
+      throw std::invalid_argument("plan: reduction must be max, topk, softmax or mean, got " + reduction);
+    }
     const int64_t pixels = guide[2] * guide[3];
     const ns::Problem problem{ns::shape_of(cisc::isa()),
                               query[1],
@@ -174,7 +170,7 @@ py::dict plan(const std::string& op, const Shapes& shapes, const std::string& dt
                               pixels,
                               slots,
                               std::max<int64_t>(std::min(k, pixels), 1),
-                              reduction_of(reduction),
+                              by,
                               dtype == "bfloat16" && cisc::isa() == cisc::Isa::avx512_bf16};
     const ns::Plan p = problem.plan(true, backward, problem.reduction);
     cisc::Work work = ns::work(problem, bytes, bytes, backward);

@@ -12,7 +12,7 @@ import torch
 from fuzzcases import IGNORED, TEMPERATURES, Case, Draw, settle
 from fuzzjudge import RULES
 from numerics import assert_close, assert_equal
-from opcases import DEVICES, run, runs_of, skip_unless_able
+from opcases import DEVICES, reference, run, runs_of, skip_unless_able
 from torch import Tensor
 
 from cisc_ext import ops
@@ -655,3 +655,43 @@ def test_more_pairs_than_32_bits_count(
         alike[places[1:]] = False
         want[alike] = want[0] / int(alike.sum())
     assert_close(others, want, 10 * lost, what="gradient to the guide")
+
+
+@devices
+@implementations
+@pytest.mark.parametrize("temperature", [1e-8, 1e-30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tiny_temperatures(
+    operator: Operator, implementation: Implementation, temperature: float, dtype: torch.dtype, device: str
+) -> None:
+    """The best pixel takes all: what forward and both gradients make of a cosine must be the same bits."""
+    query, guide = torch.randn(1, 64, 5, 80).to(dtype), torch.randn(1, 64, 7, 41).to(dtype)
+    inputs = _one_class(query, guide) | {"reduction": "softmax", "temperature": temperature}
+    skip_unless_able(operator, implementation, inputs)
+    got = _results(implementation, DEFAULTS | inputs, device)
+    for name, want in reference(operator, DEFAULTS | inputs).items():
+        if want.is_floating_point():
+            assert_close(got[name], want, 4 * torch.finfo(got[name].dtype).eps, what=name)
+
+
+@devices
+@implementations
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_fills_a_block_overflows_nowhere(
+    operator: Operator, implementation: Implementation, dtype: torch.dtype, device: str
+) -> None:
+    """13 guide pixels fill no block. Of those behind them the lift, -cosine / temperature, is infinite."""
+    query, guide = torch.rand(1, 4, 1, 9).to(dtype), -torch.rand(1, 4, 1, 13).to(dtype)
+    inputs = DEFAULTS | _one_class(query, guide) | {"reduction": "softmax", "temperature": 1.2e-38}
+    skip_unless_able(operator, implementation, inputs)
+    leaves = [inputs[name].to(device).requires_grad_() for name in BOTH]
+    rest = {
+        name: value.to(device) if isinstance(value, Tensor) else value
+        for name, value in inputs.items()
+        if name not in BOTH
+    }
+    output, _ = ops.cross_similarity(*leaves, **rest, impl=implementation.name)
+    for name, grad in zip(
+        BOTH, torch.autograd.grad(output, leaves, 10 * torch.ones_like(output)), strict=True
+    ):
+        assert bool(grad.isfinite().all()), name

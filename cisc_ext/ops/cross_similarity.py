@@ -65,7 +65,7 @@ def cross_similarity(
         ignore_index: label of query pixels that match nothing in own-label mode.
         return_index: also return the best guide pixel, row-major in h' x w', whatever the reduction; -1 if
             none, ties to the lowest.
-        eps: a vector with a smaller norm has cosine 0 and gradient 0.
+        eps: a vector with a smaller norm, or one below float32's normal range, has cosine 0 and gradient 0.
         impl: "reference", "cpp", "triton", or None / "auto".
 
     Returns:
