@@ -225,6 +225,14 @@ inline void walk(const Grid& g, const Source& source, const Plan& p, const Task&
           }
         }
         body.finish(rows, y0, x0, n);
+        if constexpr (kGradient) {  // a sum of many rows, one by one, would lose a rounding to each
+          if (y0 + rows == y_end) continue;
+          send_back(g, task, r, x0, n, at_low);
+          clear(at_low, n);
+          if (last) continue;
+          send_back(g, task, r + 1, x0, n, at_high);
+          clear(at_high, n);
+        }
       }
       if constexpr (kGradient) {
         send_back(g, task, r, x0, n, at_low);

@@ -80,12 +80,16 @@ def as_dtype(inputs: dict[str, Any], dtype: torch.dtype, device: str | None = No
     }
 
 
-def skip_unless_able(operator: Operator, implementation: Implementation, inputs: dict[str, Any]) -> None:
-    """Skip, with the reasons, what this implementation cannot run here."""
+def skip_unless_able(
+    operator: Operator, implementation: Implementation, inputs: dict[str, Any], device: str | None = None
+) -> None:
+    """Skip, with the reasons, what this implementation cannot run on `device`, or where the inputs are."""
     from cisc_ext.ops.registry import Call
 
     features = [inputs[name] for name in operator.features if isinstance(inputs.get(name), Tensor)]
-    reasons = implementation.obstacles(Call(features[0].device.type, tuple(f.dtype for f in features)))
+    reasons = implementation.obstacles(
+        Call(device or features[0].device.type, tuple(f.dtype for f in features))
+    )
     if reasons:
         pytest.skip("; ".join(reasons))
 

@@ -322,6 +322,18 @@ def test_strips_and_tasks_meet_without_a_seam() -> None:
     assert float((grad - true_grad).abs().max()) <= 2e-6 * float(true_grad.abs().max())
 
 
+@pytest.mark.parametrize("height", [1, 3])
+def test_many_rows_of_labels_on_one_of_maps(height: int) -> None:
+    """Thousands of equal terms of the gradient are not added one by one."""
+    similarity = torch.full((1, 1, height, 4), 0.3)
+    labels = torch.zeros(1, 4001, 4, dtype=torch.uint8)
+    inputs = {"similarity": similarity, "labels": labels, "classes": torch.zeros(1, 1, dtype=torch.int64)}
+    operator = OPERATORS["map_consistency"]
+    want = reference(operator, inputs)["grad_similarity"]
+    got = run_operator(operator, inputs, "cpp")["grad_similarity"]
+    assert_close(got, want, 1e-6, what="gradient")
+
+
 LARGE: dict[str, list[dict[str, tuple[int, ...]]]] = {
     "masked_average_pool": [
         {"features": (1, channels, height, width), "labels": (1, 8, 8), "classes": (1, slots)}

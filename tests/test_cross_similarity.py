@@ -100,7 +100,7 @@ def test_first_of_equal_pixels(
     for ahead in (0, 1, 5, 6, 11, 12, 13, 37):
         guide = torch.cat([-vector.expand(ahead, -1), vector.expand(100, -1)])
         inputs = _one_class(_row(query).to(dtype), _row(guide).to(dtype))
-        skip_unless_able(operator, implementation, inputs)
+        skip_unless_able(operator, implementation, inputs, device)
         got = _judged(implementation, inputs, device)
         want = torch.full((35,), ahead)
         want[3] = 0
@@ -132,7 +132,7 @@ def test_topk_takes_the_first_of_equal_pixels(
     guide = torch.where(better[:, None], torch.tensor([0.6, 0.8, 0.3]), torch.tensor([-0.2, 0.7, 0.1]))
     query = torch.tensor([0.8, 0.6, 0.1]).expand(17, -1) * torch.arange(1, 18)[:, None]
     inputs = _one_class(_row(query), _row(guide)) | {"reduction": "topk", "k": k}
-    skip_unless_able(operator, implementation, inputs)
+    skip_unless_able(operator, implementation, inputs, device)
     got = _judged(implementation, inputs, device)
     touched = got["grad_guide"].flatten(2).abs().sum(1)[0].nonzero().flatten().tolist()
     order = [*better.nonzero().flatten().tolist(), *(~better).nonzero().flatten().tolist()]
@@ -158,7 +158,7 @@ def test_near_ties(
             guide = (plane @ turn[:2]).float() * (1 + torch.arange(count))[:, None]
             query = turn[:1].float().expand(9, -1)
             inputs = _one_class(_row(query), _row(guide))
-            skip_unless_able(operator, implementation, inputs)
+            skip_unless_able(operator, implementation, inputs, device)
             got = _judged(implementation, inputs, device)
             if gap == 1e-5:
                 assert got["output1"].unique().tolist() == [best]
@@ -177,7 +177,7 @@ def test_best_cosine_below_zero(
         labels = torch.randint(0, 2, (2, 2, m))
         inputs = {"query": query.to(dtype), "guide": guide.to(dtype), "reduction": reduction, "k": 3}
         inputs |= {"guide_labels": labels, "classes": torch.tensor([[0, 1], [1, 0]])}
-        skip_unless_able(operator, implementation, inputs)
+        skip_unless_able(operator, implementation, inputs, device)
         got = _judged(implementation, _settled(inputs), device)
         found = got["output1"] >= 0
         assert bool((got["output0"][found] < -0.05).all()) and not bool(got["output0"][~found].any())
@@ -198,7 +198,7 @@ def test_zero_vectors(
     query[:, 1:, 1, 3] = 0
     guide[0, 1:, 2, 5:] = 0
     inputs = _one_class(query, guide) | {"reduction": reduction, "k": 2, "eps": eps}
-    skip_unless_able(operator, implementation, inputs)
+    skip_unless_able(operator, implementation, inputs, device)
     got = _judged(implementation, _settled(inputs), device)
     zero = torch.zeros(2, 19, dtype=torch.bool)
     zero[0, [2, 17]] = zero[1, 3] = True
@@ -224,7 +224,7 @@ def test_one_guide_pixel_that_is_not_finite(
     labels = torch.arange(44).view(1, 4, 11).expand(2, -1, -1) % 3
     inputs = {"query": query, "guide": guide, "guide_labels": labels, "reduction": reduction, "k": 3}
     classes = {"classes": torch.tensor([[0, 1, 2, 9, 1]] * 2)}
-    skip_unless_able(operator, implementation, inputs | classes)
+    skip_unless_able(operator, implementation, inputs | classes, device)
     first, second = 2 * 11 + 6, 3 * 11 + 1  # both of class 1
     assert labels[0].flatten()[[first, second]].tolist() == [1, 1]
     spoilt = guide.clone()
@@ -267,7 +267,7 @@ def test_first_of_guide_pixels_that_are_not_finite(
     labels = torch.arange(2500).view(1, 1, 2500) % 2
     inputs = _one_class(query, guide) | {"guide_labels": labels, "classes": torch.tensor([[0, 1]])}
     inputs |= {"reduction": reduction, "k": 2}
-    skip_unless_able(operator, implementation, inputs)
+    skip_unless_able(operator, implementation, inputs, device)
     for value in (NAN, INF):
         spoilt = guide.clone()
         spoilt[0, 1, 0, [700, 702, 1900, 301, 2499]] = value
@@ -288,7 +288,7 @@ def test_one_query_pixel_that_is_not_finite(
     labels = torch.arange(25).view(1, 5, 5) % 3
     inputs = _one_class(query, guide) | {"guide_labels": labels + 1, "classes": torch.tensor([[2, 7, 3, -1]])}
     inputs = _settled(inputs | {"reduction": reduction, "k": 2})
-    skip_unless_able(operator, implementation, inputs)
+    skip_unless_able(operator, implementation, inputs, device)
     want = _judged(implementation, inputs, device)
     query = inputs["query"].clone()
     query[0, 5, 0, 33] = value
@@ -316,7 +316,7 @@ def test_more_winners_than_pixels(
     query, guide = torch.randn(1, 5, 3, 11), torch.randn(1, 5, 6, 7)
     inputs = _one_class(query, guide) | {"guide_labels": labels, "classes": torch.tensor([[0, 1, 2, 3]])}
     inputs = _settled(inputs | {"reduction": "topk", "k": k})
-    skip_unless_able(operator, implementation, inputs)
+    skip_unless_able(operator, implementation, inputs, device)
     got = _judged(implementation, inputs, device)
     mean = _results(implementation, inputs | {"reduction": "mean"}, device)
     for slot, size in enumerate(sizes):
@@ -336,7 +336,7 @@ def test_no_pixel_of_the_class(
     """All 0, index -1, gradients 0: no such label, class -1, ignored query pixels, and labels that would be
     equal if cut to fewer bits."""
     query, guide = torch.randn(1, 3, 5, 7), torch.randn(1, 3, 4, 9)
-    skip_unless_able(operator, implementation, {"query": query, "guide": guide})
+    skip_unless_able(operator, implementation, {"query": query, "guide": guide}, device)
     byte, wide = torch.full((1, 4, 9), 7, dtype=torch.uint8), torch.full((1, 4, 9), 2**40 + 7)
     queries = torch.full((1, 5, 7), 7)
     calls: list[dict[str, Any]] = [
@@ -378,7 +378,7 @@ def test_labels_of_any_value(
                 "query_labels": few[torch.randint(0, len(few), (1, 11, 9))],
                 "ignore_index": ignore_index,
             }
-            skip_unless_able(operator, implementation, inputs)
+            skip_unless_able(operator, implementation, inputs, device)
             _judged(implementation, _settled(inputs), device)
 
 
@@ -401,7 +401,7 @@ def test_sizes_about_those_of_blocks(
                 inputs["query_labels"] = torch.randint(0, 3, (1, 1, n), generator=generator)
                 inputs["guide_labels"] = torch.randint(0, 3, (1, m, 1), generator=generator)
                 del inputs["classes"]
-            skip_unless_able(operator, implementation, inputs)
+            skip_unless_able(operator, implementation, inputs, device)
             _judged(implementation, _settled(inputs), device)
 
 
@@ -418,7 +418,7 @@ def test_one_against_many(
 ) -> None:
     query, guide = (torch.randn(1, 9, *shape) for shape in shapes)
     inputs = _one_class(query, guide) | {"reduction": reduction}
-    skip_unless_able(operator, implementation, inputs)
+    skip_unless_able(operator, implementation, inputs, device)
     got = _judged(implementation, _settled(inputs), device)
     own = {"classes": None, "query_labels": torch.zeros(1, *shapes[0], dtype=torch.uint8)}
     settled = _settled(inputs)
@@ -440,7 +440,7 @@ def test_many_equal_terms(
     inputs = _one_class(query, guide) | {"reduction": reduction, "k": 9}
     if own:
         inputs |= {"classes": None, "query_labels": torch.zeros(1, 1, 3, dtype=torch.uint8)}
-    skip_unless_able(operator, implementation, inputs)
+    skip_unless_able(operator, implementation, inputs, device)
     _judged(implementation, _settled(inputs), device)
 
 
@@ -456,7 +456,7 @@ def test_no_channels(
     inputs |= {"guide_labels": torch.arange(12).view(1, 3, 4) % 3, "classes": torch.tensor([[2, 9]])}
     if own:
         inputs |= {"classes": None, "query_labels": torch.full((1, 2, 5), 2)}
-    skip_unless_able(operator, implementation, inputs)
+    skip_unless_able(operator, implementation, inputs, device)
     got = _results(implementation, inputs, device)
     assert not bool(got["output0"].any())
     assert got["output1"][:, 0].unique().tolist() == [2] and bool((got["output1"][:, 1:] == -1).all())
@@ -482,7 +482,7 @@ def test_odd_numbers_of_channels(
         query[:, -1] += 2  # most of it in the last channel
         guide[:, -1] -= 1
         inputs = _one_class(query.to(dtypes[0]), guide.to(dtypes[1])) | {"reduction": reduction, "k": 3}
-        skip_unless_able(operator, implementation, inputs)
+        skip_unless_able(operator, implementation, inputs, device)
         _judged(implementation, _settled(inputs), device)
 
 
@@ -497,7 +497,7 @@ def test_repeated_classes(
     labels = torch.randint(0, 3, (1, 5, 5))
     inputs = _one_class(query, guide) | {"guide_labels": labels, "reduction": reduction, "k": 3}
     inputs = _settled(inputs | {"classes": torch.tensor([[1, 0]])})
-    skip_unless_able(operator, implementation, inputs)
+    skip_unless_able(operator, implementation, inputs, device)
     repeated = inputs | {"classes": torch.tensor([[1, 1, -1, 0, 1, 0]])}
     got = _judged(implementation, repeated, device)
     # A matrix product with several means may sum each of them in another order.
@@ -535,7 +535,7 @@ def test_layouts_and_expanded_gradients(
     labels, classes = torch.randint(0, 2, (2, 7, 4)), torch.tensor([[0, 1, 1], [1, 5, -1]])
     features = {"query": query, "guide": guide, "guide_labels": labels, "classes": classes}
     inputs = _settled(features | {"reduction": reduction, "k": 3}) | {"impl": implementation.name}
-    skip_unless_able(operator, implementation, inputs)
+    skip_unless_able(operator, implementation, inputs, device)
 
     def results(call: dict[str, Any], whole: bool) -> list[Tensor]:
         placed = {
@@ -583,7 +583,7 @@ def test_one_gradient_alone(
     labels, classes = torch.randint(0, 2, (2, 7, 4)), torch.tensor([[0, 1, 1], [1, 5, -1]])
     features = {"query": query, "guide": guide, "guide_labels": labels, "classes": classes}
     inputs = _settled(features | {"reduction": reduction, "k": 3})
-    skip_unless_able(operator, implementation, inputs)
+    skip_unless_able(operator, implementation, inputs, device)
     got = _judged(implementation, inputs, device, (needed,))
     assert set(got) == {"output0", "output1", f"grad_{needed}"}
 
@@ -601,7 +601,7 @@ def test_temperatures(
         query[..., 4] = guide[..., :5, 0]
         inputs = _one_class(query.to(dtype), guide.to(dtype))
         inputs |= {"guide_labels": torch.randint(0, 2, (1, 9, 6)), "classes": torch.tensor([[0, 1]])}
-        skip_unless_able(operator, implementation, inputs)
+        skip_unless_able(operator, implementation, inputs, device)
         got = _judged(implementation, inputs | {"reduction": "softmax", "temperature": temperature}, device)
         most = _results(implementation, inputs, device)["output0"]
         mean = _results(implementation, inputs | {"reduction": "mean"}, device)["output0"]
@@ -630,7 +630,7 @@ def test_more_pairs_than_32_bits_count(
     query = which * math.pi / 2 + angle
     inputs = _one_class(_row(at(query)).float().reshape(1, 2, n, 1), _row(at(guide)).float())
     inputs |= {"reduction": reduction, "k": 1, "temperature": 0.005}
-    skip_unless_able(operator, implementation, inputs)
+    skip_unless_able(operator, implementation, inputs, device)
     leaves = [inputs[name].to(device).requires_grad_() for name in BOTH]
     rest = {
         key: value.to(device) if isinstance(value, Tensor) else value
@@ -667,7 +667,7 @@ def test_tiny_temperatures(
     """The best pixel takes all: what forward and both gradients make of a cosine must be the same bits."""
     query, guide = torch.randn(1, 64, 5, 80).to(dtype), torch.randn(1, 64, 7, 41).to(dtype)
     inputs = _one_class(query, guide) | {"reduction": "softmax", "temperature": temperature}
-    skip_unless_able(operator, implementation, inputs)
+    skip_unless_able(operator, implementation, inputs, device)
     got = _results(implementation, DEFAULTS | inputs, device)
     for name, want in reference(operator, DEFAULTS | inputs).items():
         if want.is_floating_point():
@@ -683,7 +683,7 @@ def test_what_fills_a_block_overflows_nowhere(
     """13 guide pixels fill no block. Of those behind them the lift, -cosine / temperature, is infinite."""
     query, guide = torch.rand(1, 4, 1, 9).to(dtype), -torch.rand(1, 4, 1, 13).to(dtype)
     inputs = DEFAULTS | _one_class(query, guide) | {"reduction": "softmax", "temperature": 1.2e-38}
-    skip_unless_able(operator, implementation, inputs)
+    skip_unless_able(operator, implementation, inputs, device)
     leaves = [inputs[name].to(device).requires_grad_() for name in BOTH]
     rest = {
         name: value.to(device) if isinstance(value, Tensor) else value
