@@ -9,7 +9,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from fuzzcases import EXACT_GAP, NEAR, Case, Cosines, cosines
+from fuzzcases import NEAR
+from fuzzdraw import Case
+from fuzzpairs import EXACT_GAP, Cosines, cosines
 from numerics import assert_close, assert_equal, assert_rounding
 from opcases import as_dtype, cotangent, is_empty, reference, run, run_operator
 from torch import Tensor

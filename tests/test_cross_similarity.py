@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from fuzzcases import IGNORED, TEMPERATURES, Case, Draw, settle
+from fuzzdraw import IGNORED, Case, Draw
 from fuzzjudge import RULES
+from fuzzpairs import TEMPERATURES, settle
 from numerics import assert_close, assert_equal
 from opcases import DEVICES, reference, run, runs_of, skip_unless_able
 from torch import Tensor
