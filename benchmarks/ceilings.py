@@ -35,22 +35,23 @@ def copy_gbps(device: str, size: int = _COPY_BYTES) -> float:
     return 2e-6 * size / _best_ms(lambda: target.copy_(source), device)
 
 
-def fma_tflops() -> float | None:
-    """Rate of fused multiply-adds in registers, float32; None where nothing is compiled."""
+def fma_tflops(dtype: torch.dtype) -> float | None:
+    """Rate of fused multiply-adds in registers: of bfloat16 where the processor has instructions for such,
+    else of float32; None where nothing is compiled."""
     if not _library.LOADED:
         return None
-    return float(torch.ops.cisc_ext.fma_peak(torch.empty(0), _FMA_RUNS)) / 1e12
+    return round(torch.ops.cisc_ext.fma_peak(torch.empty(0, dtype=dtype), _FMA_RUNS) / 1e12, 4)
 
 
 def measured(dtypes: Sequence[str], device: str, *, size: int = GEMM_SIZE) -> dict[str, Any]:
     """Ceilings by name; `flops` are those that `share` uses, by dtype, in TFLOP/s. `dtypes` have float32."""
-    fma = fma_tflops() if device == "cpu" else None
+    fma = {name: fma_tflops(getattr(torch, name)) if device == "cpu" else None for name in dtypes}
     gemm = {name: round(gemm_tflops(getattr(torch, name), size, device), 4) for name in dtypes}
-    flops = {name: max(rate, fma or 0.0) for name, rate in gemm.items()}
+    flops = {name: max(rate, fma[name] or 0.0) for name, rate in gemm.items()}
     return {
         "gemm_size": size,
         "gemm_tflops": gemm,
-        "fma_tflops": None if fma is None else round(fma, 4),
+        "fma_tflops": fma,
         "copy_gbps": round(copy_gbps(device), 2),
         "flops": flops,
     }

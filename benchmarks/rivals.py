@@ -251,6 +251,21 @@ class _Chunks:
         return (scores / self.settings["temperature"]).softmax(1).mul(scores).sum(1)
 
 
+class _SoftmaxChunks(_Chunks):
+    """Through `torch.softmax`, which takes off the maximum first, as it must be at any temperature."""
+
+    def reduce(self, scores: Tensor, hidden: Hidden | None, a: int, e: int, *more: Tensor) -> Tensor:
+        if hidden is not None:
+            scores.masked_fill_(hidden(a, e), _HIDDEN)
+        weight = torch.div(scores, self.settings["temperature"], out=more[0])
+        return torch.softmax(weight, 1, out=weight).mul_(scores).sum(1)
+
+
+def _softmax_chunked(case: Case, whole: bool, chunk: int) -> Call:
+    _forward_only(case, "softmax")
+    return call_of(partial(_against, _SoftmaxChunks(case, chunk), False), case, whole=whole)
+
+
 _DEFAULTS: dict[str, Any] = {"reduction": "max", "k": 8, "temperature": 0.07}
 
 
@@ -699,6 +714,7 @@ RIVALS: dict[str, tuple[Rival, ...]] = {
         partial(_cross_chunked, False),
         CROSS_CHUNKS,
         Rival("gathered", partial(_cross_chunked, True), CROSS_CHUNKS, flops=_needed_flops),
+        Rival("softmax", _softmax_chunked, CROSS_CHUNKS, flops=_chunked_flops),
         Rival("attention", _attention, flops=_needed_flops),
         Rival("faiss", _faiss, flops=_needed_flops),
         Rival("keops", _keops, flops=_needed_flops),

@@ -2,8 +2,8 @@
 
     python -m benchmarks.similarity [--labels DIR] [--threads N] [--json FILE] [--quick]
 
-peak: the row maximum, dense, against the machine's multiply-adds (twice as many in bfloat16 where the
-processor has instructions for that) and against torch.mm.
+peak: the row maximum, dense, against the machine's multiply-adds (of bfloat16 where the processor has
+instructions for such) and against torch.mm.
 own: each query pixel against the guide pixels of its own label, on pairs of label maps one after the other,
 against as many dense row maxima of the same size. The maps are PNG masks from --labels DIR, or else generated
 regions.
@@ -160,11 +160,10 @@ def peak_lines(settings: Settings, dtype: str) -> Iterator[Row]:
     case = settings.dense(dtype)
     operations = flops(case)
     (times,) = settings.times(checked(case))
-    pairwise = dtype == "bfloat16" and kernels.instruction_set() == "avx512_bf16"
-    fma = settings.ceilings["fma_tflops"]
+    fma = settings.ceilings["fma_tflops"][dtype]
     rates = [("torch.mm", settings.ceilings["gemm_tflops"][dtype])]
     if fma is not None:
-        rates.insert(0, ("twice the FMA peak", 2 * fma) if pairwise else ("FMA peak", fma))
+        rates.insert(0, ("FMA peak", fma))
     for name, tflops in rates:
         at_rate = [operations / (1e9 * tflops)] * len(times)
         yield line(f"{settings.size}, row maximum", case, operations, times, name, at_rate)

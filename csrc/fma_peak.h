@@ -5,10 +5,11 @@
 
 namespace cisc::fma_peak {
 
-constexpr int64_t kChains = 12;  // independent sums: enough to hide the latency of two units
+constexpr int64_t kMostChains = 24;  // sums of a kernel
 
-// 2 * kLanes * kChains FLOPs each of `rounds` times. Returns their number; *sink keeps the work alive.
-using Kernel = int64_t (*)(int64_t rounds, float* sink);
+// Multiply-adds on some vectors, each of `rounds` times; pairs: of two bfloat16 in a lane, where there is an
+// instruction for that. Returns the FLOPs; *sink keeps the work alive.
+using Kernel = int64_t (*)(bool pairs, int64_t rounds, float* sink);
 extern const Kernel kPortable, kAvx2, kAvx512, kAvx512Bf16;
 
 }  // namespace cisc::fma_peak

@@ -149,6 +149,8 @@ def test_kernels_writes_its_result(tmp_path: Path) -> None:
     assert all(one["reason"] and one["impl"] != "reference" for one in result["left_out"])
     assert set(result["ceilings"]) == {"gemm_size", "gemm_tflops", "fma_tflops", "copy_gbps", "flops"}
     assert result["ceilings"]["copy_gbps"] > 0 and result["ceilings"]["flops"]["float32"] > 0
+    for name, rate in result["ceilings"]["fma_tflops"].items():
+        assert rate is None or result["ceilings"]["flops"][name] >= rate > 0
     for row in result["rows"]:
         assert set(row) == ROW
         assert row["shape"] == {"B": 1, "K": 19, "h": 32, "w": 64, "H": 128, "W": 256} | (
@@ -313,6 +315,7 @@ def test_rivals_of_cross_similarity(mode: str, reduction: str) -> None:
                 if passes == "backward":
                     assert cases.disagreement(whole[-2:], expected) < 1e-5, (rival.name, passes)
     assert {("naive", "forward"), ("naive", "backward"), ("chunked", "forward")} <= ran
+    assert (("softmax", "forward") in ran) == (reduction == "softmax")
 
 
 def test_cost_counts_what_labels_leave() -> None:
@@ -413,7 +416,11 @@ def test_similarity_writes_its_result(tmp_path: Path) -> None:
     left_out = {one["section"] for one in result["left_out"]}
     assert left_out <= ({"avx2"} if _library.LOADED else {"peak"}), result["left_out"]
     shown = [(row["what"], row["dtype"]) for row in result["rows"]]
-    both = ("n4096, row maximum", "n4096, own labels of street scenes", "image_256x512, row maximum")
+    both = (
+        "n4096, row maximum",
+        "n4096, own labels of street scenes",
+        "image_256x512, row maximum",
+    )
     assert {(what, dtype) for what in both for dtype in similarity.DTYPES} <= set(shown)
     assert [what.split()[-1] for what, _ in shown][-2:] == ["map", "whole"]
     assert ("n4096, row maximum, AVX2", "float32") in shown or "avx2" in left_out

@@ -289,7 +289,8 @@ def test_auto_is_never_slower_than_the_reference(operator: Operator, implementat
 
 def test_peak_is_a_rate() -> None:
     rate = torch.ops.cisc_ext.fma_peak(torch.zeros(1), 2)
-    assert 1e8 < rate < 1e15
+    pairs = torch.ops.cisc_ext.fma_peak(torch.zeros(1, dtype=torch.bfloat16), 2)
+    assert 1e8 < rate < 1e15 and 0.5 * rate < pairs < 8 * rate
     with pytest.raises(ValueError, match=r"^fma_peak: repeats"):
         torch.ops.cisc_ext.fma_peak(torch.zeros(1), 0)
 
