@@ -235,13 +235,16 @@ class _Chunks:
         if hidden is not None:
             scores.masked_fill_(hidden(a, e), _HIDDEN if softmax else -torch.inf)
         if softmax:
-            # Cosines are at most 1: no maximum is needed.
-            weight = torch.sub(scores, 1, out=more[0]).div_(self.settings["temperature"]).exp_()
-            total = weight.sum(1)
-            return weight.mul_(scores).sum(1).div_(total)
+            return self.weighted(scores, more[0])
         if self.settings["reduction"] == "topk":
             return scores.topk(min(self.settings["k"], scores.shape[1]), 1, sorted=False).values.mean(1)
         return scores.amax(1)
+
+    def weighted(self, scores: Tensor, weight: Tensor) -> Tensor:
+        """Softmax-weighted mean; `weight` is written to. Cosines are at most 1: no maximum is needed."""
+        torch.sub(scores, 1, out=weight).div_(self.settings["temperature"]).exp_()
+        total = weight.sum(1)
+        return weight.mul_(scores).sum(1).div_(total)
 
     def of_rows(self, q: Tensor, g: Tensor, hidden: Hidden | None, a: int, e: int) -> Tensor:
         """The same for softmax with a gradient."""
@@ -254,10 +257,8 @@ class _Chunks:
 class _SoftmaxChunks(_Chunks):
     """Through `torch.softmax`, which takes off the maximum first, as it must be at any temperature."""
 
-    def reduce(self, scores: Tensor, hidden: Hidden | None, a: int, e: int, *more: Tensor) -> Tensor:
-        if hidden is not None:
-            scores.masked_fill_(hidden(a, e), _HIDDEN)
-        weight = torch.div(scores, self.settings["temperature"], out=more[0])
+    def weighted(self, scores: Tensor, weight: Tensor) -> Tensor:
+        torch.div(scores, self.settings["temperature"], out=weight)
         return torch.softmax(weight, 1, out=weight).mul_(scores).sum(1)
 
 

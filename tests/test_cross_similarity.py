@@ -77,6 +77,14 @@ def _judged(
     return got
 
 
+def _leaves(inputs: dict[str, Any], device: str) -> tuple[list[Tensor], dict[str, Any]]:
+    """Both images on the device, with gradients, and the other arguments."""
+    placed = {
+        name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()
+    }
+    return [placed.pop(name).requires_grad_() for name in BOTH], placed
+
+
 def _settled(inputs: dict[str, Any]) -> dict[str, Any]:
     """With winners of "topk" that no rounding decides."""
     inputs = DEFAULTS | inputs
@@ -632,12 +640,7 @@ def test_more_pairs_than_32_bits_count(
     inputs = _one_class(_row(at(query)).float().reshape(1, 2, n, 1), _row(at(guide)).float())
     inputs |= {"reduction": reduction, "k": 1, "temperature": 0.005}
     skip_unless_able(operator, implementation, inputs, device)
-    leaves = [inputs[name].to(device).requires_grad_() for name in BOTH]
-    rest = {
-        key: value.to(device) if isinstance(value, Tensor) else value
-        for key, value in (DEFAULTS | inputs).items()
-        if key not in BOTH
-    }
+    leaves, rest = _leaves(DEFAULTS | inputs, device)
     value, index = ops.cross_similarity(*leaves, **rest, impl=implementation.name)
     value.sum().backward()
     assert_equal(index.flatten().cpu(), places[which], what="index")
@@ -685,12 +688,7 @@ def test_what_fills_a_block_overflows_nowhere(
     query, guide = torch.rand(1, 4, 1, 9).to(dtype), -torch.rand(1, 4, 1, 13).to(dtype)
     inputs = DEFAULTS | _one_class(query, guide) | {"reduction": "softmax", "temperature": 1.2e-38}
     skip_unless_able(operator, implementation, inputs, device)
-    leaves = [inputs[name].to(device).requires_grad_() for name in BOTH]
-    rest = {
-        name: value.to(device) if isinstance(value, Tensor) else value
-        for name, value in inputs.items()
-        if name not in BOTH
-    }
+    leaves, rest = _leaves(inputs, device)
     output, _ = ops.cross_similarity(*leaves, **rest, impl=implementation.name)
     for name, grad in zip(
         BOTH, torch.autograd.grad(output, leaves, 10 * torch.ones_like(output)), strict=True
