@@ -81,5 +81,6 @@ $(PACKAGES): | .venv/bin/python
 
 $(BUILT): $(PACKAGES)
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	$(PY) -m cisc_ext info | grep '^compiled operators: none' || true
 	rm -f .venv/.built-*
 	touch $@

@@ -1,7 +1,8 @@
 """Builds csrc into cisc_ext/_ops.so (operators, LibTorch stable ABI) and cisc_ext/_build (pybind11).
 
-Environment: CISC_CPP=0 (pure Python, nothing compiled), CISC_CUDA=0|1 (default: where nvcc is found),
-CISC_CUDA_ARCHS (such as "8.0;9.0a;9.0+PTX"), CISC_DEBUG=1 (-O0 -g), CXX, CUDA_HOME.
+Environment: CISC_CPP=0|1 (0: pure Python, nothing compiled; default: where a C++ compiler is found),
+CISC_CUDA=0|1 (default: where nvcc is found; 1 needs C++), CISC_CUDA_ARCHS (such as "8.0;9.0a;9.0+PTX"),
+CISC_DEBUG=1 (-O0 -g), CXX, CUDA_HOME.
 CISC_SANITIZE=1 (AddressSanitizer and UBSan, for tests/fuzz.py) builds into a folder of its own, never in
 place, since it loads only where their libraries are preloaded: python setup.py build --build-lib FOLDER.
 Objects are kept in build/objects under the hash of all that goes into them.
@@ -35,6 +36,8 @@ ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 OBJECTS = ROOT / "build" / "objects"
 
+COMPILERS = ("g++", "c++", "clang++")
+WITHOUT = "operators run as the slower reference on the CPU, and on a GPU in Triton"
 TORCH_TARGET = "0x020a000000000000"  # the oldest torch that the operators load on: 2.10
 CUDA_ARCHS = "7.5;8.0;8.9;9.0a;9.0+PTX"
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
@@ -100,18 +103,16 @@ def run(command: list[str]) -> str:
     return done.stdout
 
 
-def find_cxx(env: Mapping[str, str]) -> list[str]:
-    """Command of the C++ compiler: CXX, else the first found of g++, c++, clang++."""
+def find_cxx(env: Mapping[str, str]) -> list[str] | None:
+    """Command of the C++ compiler: CXX, which must be there, else the first found of g++, c++, clang++."""
     asked = shlex.split(env.get("CXX", ""))
-    names = asked[:1] or ["g++", "c++", "clang++"]
-    for name in names:
+    for name in asked[:1] or COMPILERS:
         found = shutil.which(name, path=env.get("PATH", ""))
         if found:
             return [found, *asked[1:]]
-    stop(
-        f"no C++ compiler: {', '.join(names)} not found on PATH"
-        " (CXX names another; CISC_CPP=0 builds without)"
-    )
+    if asked:
+        stop(f"no C++ compiler: CXX names {asked[0]}, which was not found (CISC_CPP=0 builds without)")
+    return None
 
 
 def find_nvcc(env: Mapping[str, str]) -> str | None:
@@ -216,7 +217,7 @@ class Builder:
         self.debug = bool(flag(env, "CISC_DEBUG"))
         self.sanitize = SANITIZE if flag(env, "CISC_SANITIZE") else []
         self.env = env
-        self.cxx = find_cxx(env)
+        self.cxx = find_cxx(env) or stop(f"no C++ compiler: {', '.join(COMPILERS)} not found on PATH")
         # What is left without a launcher (ccache g++) and flags (g++ -m64).
         self.compiler_path = [word for word in self.cxx if not word.startswith("-")][-1]
         self.compiler = run([*self.cxx, "--version"]).splitlines()[0]
@@ -412,9 +413,18 @@ class BuildExt(build_ext):
 
 
 def extensions(env: Mapping[str, str]) -> list[Extension]:
-    """Both libraries, or none for CISC_CPP=0."""
-    if flag(env, "CISC_CPP") is False:
+    """Both libraries, or none for CISC_CPP=0 or where there is no compiler; CISC_CPP=1 and CISC_CUDA=1
+    insist on them."""
+    asked = flag(env, "CISC_CPP")
+    if asked is False:
         print("cisc_ext: C++ left out: CISC_CPP=0")
+        return []
+    if find_cxx(env) is None:
+        missing = f"no C++ compiler: {', '.join(COMPILERS)} not found on PATH (CXX names another)"
+        for name in ("CISC_CPP", "CISC_CUDA", "CISC_SANITIZE"):
+            if flag(env, name):
+                stop(f"{name}=1, but {missing}")
+        print(f"cisc_ext: C++ left out: {missing}; {WITHOUT}")
         return []
     names = sorted(path.relative_to(ROOT).as_posix() for path in CSRC.iterdir())
     sources = [name for name in names if name.endswith((".cpp", ".cu")) and name != "csrc/module.cpp"]

@@ -14,7 +14,7 @@ from cisc_ext.config import Config, parse
 from cisc_ext.data import synthetic
 from cisc_ext.data.datasets import DATASETS
 from cisc_ext.engine import decide_runtime
-from cisc_ext.ops.registry import choices_here
+from cisc_ext.ops.registry import choices
 from cisc_ext.runs import RunFolder
 
 DEMO_DATA = "demo_data"
@@ -54,7 +54,7 @@ def print_decisions(setup: stages.Setup) -> None:
     split, config = setup.split, setup.config
     sizes = f"{len(split.labeled)} labeled, {len(split.unlabeled)} unlabeled, {len(split.val)} validation"
     lines = [f"data: {sizes} images", *setup.runtime.reasons, f"threads: {torch.get_num_threads()}"]
-    lines += [f"operator {line}" for line in choices_here(setup.runtime.device.type)]
+    lines += [f"operator {line}" for line in choices(setup.runtime.device.type)]
     lines.append(f"method: {config.method.method}; run folder: {setup.run.path}")
     print("\n".join(lines), flush=True)
 

@@ -1,9 +1,16 @@
 """What must hold on a machine with an NVIDIA GPU.
 
-    python -m benchmarks.gate --out DIR [--only tests,step]
+    python -m benchmarks.gate --out DIR [--only tests,first_call,targets,step,kernels]
+
+tests: all tests that need a GPU: results, runs that are alike in every bit, CUDA graphs, memory.
+first_call: the first call of each operator in Triton, with nothing compiled before.
+targets: the rates and times that Triton's kernels are to reach.
+step: a training step. kernels: every operator by every implementation against its rivals, at the published
+crops, as far as its time goes; it tests them itself unless "tests" has just passed.
 
 Each part is a process of its own with a time limit. DIR/gate.json is rewritten as each ends, DIR/PART.log
-keeps its output. Exit 0 if every part succeeded, 1 if one failed or there is no GPU.
+keeps its output. Exit 0 if every part succeeded, 1 if one failed or there is no GPU. The whole is meant to
+take less than 8 minutes.
 """
 
 from __future__ import annotations
@@ -27,19 +34,31 @@ from cisc_ext.files import write_json
 TAIL_CHARACTERS = 4000
 
 PARTS: dict[str, tuple[tuple[str, ...], int]] = {
-    "tests": (("pytest", "-m", "cuda", "-q", "--junitxml", "{out}/tests.xml"), 1200),
+    "tests": (("benchmarks.gpu_tests", "--out", "{out}"), 600),
+    "first_call": (("benchmarks.first_call", "--json", "{out}/first_call.json"), 180),
+    "targets": (("benchmarks.triton_targets", "--json", "{out}/triton_targets.json"), 180),
     "step": (
         ("benchmarks.step", "--device", "cuda", "--repeats", "20", "--json", "{out}/step_cuda.json"),
         600,
     ),
+    "kernels": (
+        (
+            *("benchmarks.kernels", "--device", "cuda", "--budget", "0.2", "--stop-after", "100", "{tested}"),
+            *("--workload", "pascal", "cityscapes", "cityscapes_all_classes", "cityscapes_ohem"),
+            *("n16384_dense_max", "n16384_dense_topk", "n16384_dense_softmax", "n4096_dense_mean"),
+            *("cityscapes_labels_max", "--json", "{out}/kernels_cuda.json"),
+        ),
+        400,
+    ),
 }
-"""Module with arguments to run, and its time limit in seconds."""
+"""Module with arguments to run, and its time limit in seconds; "{tested}" is --tested once "tests" passed."""
 
 
-def run_part(name: str, out: Path) -> dict[str, Any]:
+def run_part(name: str, out: Path, tested: bool = False) -> dict[str, Any]:
     """Run one part to its end or limit; its return code is null when it was stopped."""
     words, limit_s = PARTS[name]
-    module = [word.format(out=out.resolve()) for word in words]
+    filled = [word.format(out=out.resolve(), tested="--tested" if tested else "") for word in words]
+    module = [word for word in filled if word]
     log = out / f"{name}.log"
     begin = time.monotonic()
     with log.open("wb") as stream:
@@ -87,7 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parts: list[dict[str, Any]] = []
     result = {**machine.facts("benchmarks.gate", arguments), "passed": False, "parts": parts}
     for name in names:
-        parts.append(run_part(name, settings.out))
+        tested = any(part["name"] == "tests" and part["returncode"] == 0 for part in parts)
+        parts.append(run_part(name, settings.out, tested))
         result["passed"] = len(parts) == len(names) and all(part["returncode"] == 0 for part in parts)
         write_json(settings.out / "gate.json", result)
         state = "passed" if parts[-1]["returncode"] == 0 else "FAILED"

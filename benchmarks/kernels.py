@@ -1,18 +1,20 @@
 """Every operator x implementation x workload of the registry, against its rivals.
 
     python -m benchmarks.kernels [--device cpu|cuda] [--op NAME ...] [--workload NAME ...] [--dtype NAME ...]
-        [--pass NAME ...] [--impl NAME ...] [--threads N] [--budget SECONDS] [--json FILE] [--quick]
+        [--pass NAME ...] [--impl NAME ...] [--threads N] [--budget SECONDS] [--stop-after SECONDS]
+        [--json FILE] [--quick]
 
-Refuses to run while the tests of these operators fail. A contender is tried in a process of its own first,
-which counts its memory and ends it at a limit; then its result must agree with the reference's in float32;
-then all are timed in turn, each from a flushed cache.
+Refuses to run while the tests of these operators fail. Triton is measured on a GPU only. A contender is
+tried in a process of its own first, which counts its memory and ends it at a limit; then its result must
+agree with the reference's in float32; then all are timed in turn, each from a flushed cache.
 
 Columns: time_ms, the median, and time_min_ms, the least, of `runs`; tflops and gbps, the least operations and
 bytes the call needs (`Operator.cost`) over the median; share_of_ceiling, the larger of their times at the
 machine's rates over the median; extra_mib, the most held beyond inputs, outputs and gradients, for
 "backward" together with forward; naive_mib, what the naive expression must hold; speedup, the median over the
 rounds of rival time / own time; what takes long runs in fewer (`runs`, `rival_runs`). `rivals_left_out` has
-the reason for each rival that is not there. Passes:
+the reason for each rival that is not there, `left_out` that for each implementation; `winners` names the
+fastest implementation of each case. Passes:
 "forward"; "backward", autograd.grad from a graph that is there; "both", for losses whose gradient is made in
 forward.
 """
@@ -54,7 +56,7 @@ from benchmarks.cases import (
 from benchmarks.tables import aligned
 from cisc_ext.files import write_json
 from cisc_ext.ops import _library
-from cisc_ext.ops.registry import OPERATORS, PASSES
+from cisc_ext.ops.registry import OPERATORS, PASSES, capability
 from cisc_ext.ops.registry import Call as RegistryCall
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -74,10 +76,12 @@ class Settings:
     threads: int
 
 
-def red(ops: Sequence[str]) -> str | None:
-    """Why the operators' tests fail; None where they pass."""
+def red(ops: Sequence[str], device: str = "cpu") -> str | None:
+    """Why the operators' tests on a device fail; None where they pass. On the CPU Triton is not measured."""
     files = ["tests/test_golden.py", "tests/test_ops.py"]
-    command = ["-m", "pytest", "-x", "-q", *files, "-k", " or ".join(ops)]
+    chosen = " or ".join(ops)
+    only = ["-k", chosen, "-m", "cuda"] if device == "cuda" else ["-k", f"({chosen}) and not triton"]
+    command = ["-m", "pytest", "-x", "-q", *files, *only]
     done = subprocess.run(
         [sys.executable, *command], cwd=machine.ROOT, capture_output=True, text=True, check=False
     )
@@ -131,6 +135,8 @@ def _counted(call: Call, device: str) -> tuple[float, float | None]:
     def timed() -> Result:
         begin = time.perf_counter()
         result = call()
+        if device == "cuda":
+            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begin)
         return result
 
@@ -362,7 +368,10 @@ def measure_case(
         contender = Contender(implementation.name, False)
         try:
             dtypes = tuple(case.inputs[name].dtype for name in case.operator.features if name in case.inputs)
-            reasons = implementation.obstacles(RegistryCall(settings.device, dtypes))
+            asked = RegistryCall(settings.device, dtypes, capability(settings.device, None))
+            reasons = implementation.obstacles(asked)
+            if settings.device == "cpu":  # an interpreter's times say nothing
+                reasons = reasons or implementation.reservations(asked)
             if reasons:
                 raise CannotRunError("; ".join(reasons))
             # The reference is plain torch as well: it has the rivals' limit.
@@ -384,6 +393,15 @@ def measure_case(
     del wanted
     _time_in_turn([*own, *others], settings)
     return [_row(case, entry, others, reasons_of, ceiling) for entry in own]
+
+
+def winner(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The implementation with the least median of a case, and how many times as long the others take."""
+    first, *others = sorted(rows, key=lambda row: float(row["time_ms"]))
+    return {
+        **{key: first[key] for key in ("op", "workload", "dtype", "pass", "impl", "time_ms")},
+        "others": {row["impl"]: _significant(row["time_ms"] / first["time_ms"]) for row in others},
+    }
 
 
 def chosen_cases(flags: argparse.Namespace) -> list[Key]:
@@ -417,12 +435,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--budget", type=float, default=1.0, help="seconds of timed runs of a case")
     parser.add_argument("--json", type=Path, help="result file (default: in benchmarks/results)")
+    parser.add_argument("--stop-after", type=float, metavar="SECONDS", help="begin no case after that time")
+    parser.add_argument("--tested", action="store_true", help="the tests have just passed: do not run them")
     parser.add_argument("--quick", action="store_true", help="to try it out; the result is marked")
     flags = parser.parse_args(arguments)
     if flags.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no NVIDIA GPU")
-    if (flags.threads or 1) < 1 or flags.budget <= 0:
-        parser.error("--threads must be at least 1, --budget above 0")
+    if (flags.threads or 1) < 1 or flags.budget <= 0 or (flags.stop_after or 1) <= 0:
+        parser.error("--threads must be at least 1, --budget and --stop-after above 0")
     workloads = {workload.name for name in flags.op for workload in OPERATORS[name].workloads()}
     implementations = {one.name for name in flags.op for one in OPERATORS[name].implementations}
     for flag, given, known in (
@@ -453,7 +473,7 @@ def _version(package: str) -> str | None:
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     flags = parse(arguments)
-    reason = red(flags.op)
+    reason = None if flags.tested else red(flags.op, flags.device)
     if reason:
         print(f"error: the operators' tests fail, nothing is measured: {reason}", file=sys.stderr)
         return 1
@@ -471,6 +491,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ceiling = ceilings.measured(dtypes, flags.device, size=512 if flags.quick else ceilings.GEMM_SIZE)
     rows: list[dict[str, Any]] = []
     left_out: list[dict[str, str]] = []
+    winners: list[dict[str, Any]] = []
     result: dict[str, Any] = {
         **facts,
         "device": flags.device,
@@ -479,18 +500,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "ceilings": ceiling,
         "left_out": left_out,
+        "winners": winners,
         "rows": rows,
     }
     path = flags.json or machine.ROOT / f"benchmarks/results/kernels_{flags.device}.json"
     with Trials() as trials:
         for number, key in enumerate(cases, 1):
             start = time.monotonic()
+            if flags.stop_after and start - begin > flags.stop_after:
+                head = dict(zip(("op", "workload", "dtype", "pass"), key[:4], strict=True))
+                left_out.append({**head, "reason": f"not begun within {flags.stop_after:g} s"})
+                write_json(path, result)
+                continue
             try:
                 new = measure_case(key, flags.impl or (), ceiling, settings, trials, left_out)
             except DisagreementError as error:
                 print(f"error: {error}", file=sys.stderr)
                 return 1
             rows += new
+            winners += [winner(new)] if new else []
             result["minutes"] = round((time.monotonic() - begin) / 60, 1)
             write_json(path, result)
             took = time.monotonic() - start

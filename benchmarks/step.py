@@ -42,7 +42,7 @@ from cisc_ext.ops.map_consistency import map_consistency
 from cisc_ext.ops.masked_average_pool import masked_average_pool
 from cisc_ext.ops.prototype_similarity import prototype_similarity
 from cisc_ext.ops.rectified_cross_entropy import rectified_cross_entropy
-from cisc_ext.ops.registry import Call, decide
+from cisc_ext.ops.registry import Call, capability, decide
 
 BATCH = 2
 CHANNELS = 256
@@ -300,7 +300,7 @@ def _rows(
         ratios = [p / t for p, t in zip(times["published"], times[name], strict=True)]
         used = {}
         if name != "published":
-            call_of = Call(device, (torch.float32,))
+            call_of = Call(device, (torch.float32,), capability(device, None))
             used = {op: decide(op, name, call_of)[0].name for op in OPERATORS[step]}
         rows.append(
             {

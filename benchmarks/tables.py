@@ -3,7 +3,8 @@
     python -m benchmarks.tables [--check] [--readme FILE] [NAME=FILE ...]
 
 A table stands between the lines `<!-- NAME:begin -->` and `<!-- NAME:end -->`. Without NAME=FILE all tables
-of `SOURCES` that README has markers for are refreshed. `--check` changes nothing, and fails if one is stale.
+of `SOURCES` that README has markers for are refreshed; one of a GPU without a result says that it is awaited.
+`--check` changes nothing, and fails if one is stale.
 """
 
 from __future__ import annotations
@@ -64,16 +65,38 @@ _SIMILARITY = {
     "against": "against",
     "ratio": "ratio",
 }
+_TARGETS = {
+    "op": "operator",
+    "dtype": "dtype",
+    "pass": "pass",
+    "bytes": "bytes",
+    "special": "special",
+    "instructions": "instructions",
+    "floor_us": "floor us",
+    "time_ms": "ms",
+    "call_ms": "ms of a call",
+    "reached": "reached",
+    "target": "target",
+}
 COLUMNS: dict[str, dict[str, str]] = {
     "step": _STEP,
     "step_cuda": _STEP,
     "methods": _METHODS,
     "methods_cuda": _METHODS,
     "kernels": _KERNELS,
-    "kernels_cuda": _KERNELS,
+    "kernels_cuda": {"op": _KERNELS["op"], "workload": "workload", "dtype": "dtype", "wins": "wins"}
+    | {key: heading for key, heading in _KERNELS.items() if key not in ("op", "workload")},
     "similarity": _SIMILARITY,
+    "triton_targets": _TARGETS,
 }
 """Per table the keys of a row to show, and their headings; a table that is not here shows every key."""
+
+
+def _nearest(row: Row) -> Row:
+    """What a row says of the naive expression and of the fastest rival."""
+    speedup = row["speedup"]
+    rival = min(speedup, key=lambda name: speedup[name], default=None)
+    return {"naive": speedup.get("naive"), "least": speedup.get(rival), "rival": rival}
 
 
 def _kernels(rows: Sequence[Row]) -> list[Row]:
@@ -90,15 +113,30 @@ def _kernels(rows: Sequence[Row]) -> list[Row]:
         low = row["dtype"] == "bfloat16" and row["mode"] is not None
         wanted = (row["dtype"] == "float32" or low) and not row["ladder"]
         if wanted and (row["impl"] != "reference" or unwritten):
-            speedup = row["speedup"]
-            rival = min(speedup, key=lambda name: speedup[name], default=None)
-            ratios = {"naive": speedup.get("naive"), "least": speedup.get(rival), "rival": rival}
             workload = f"{row['workload']}, bfloat16" if low else row["workload"]
-            shown.append({**row, **ratios, "workload": workload})
+            shown.append({**row, **_nearest(row), "workload": workload})
     return shown
 
 
-CHOSEN: dict[str, Callable[[Sequence[Row]], list[Row]]] = {"kernels": _kernels, "kernels_cuda": _kernels}
+def _kernels_cuda(rows: Sequence[Row]) -> list[Row]:
+    """Rows outside ladders, in all precisions, with the fastest implementation of each case; the reference
+    where nothing else ran."""
+    by_case: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        if not row["ladder"]:
+            by_case.setdefault((row["op"], row["workload"], row["dtype"], row["pass"]), []).append(row)
+    shown = []
+    for of_case in by_case.values():
+        wins = min(of_case, key=lambda row: float(row["time_ms"]))["impl"]
+        written = [row for row in of_case if row["impl"] != "reference"]
+        shown += [{**row, **_nearest(row), "wins": wins} for row in written or of_case]
+    return shown
+
+
+CHOSEN: dict[str, Callable[[Sequence[Row]], list[Row]]] = {
+    "kernels": _kernels,
+    "kernels_cuda": _kernels_cuda,
+}
 """Which rows of a result a table shows, where it is not all as they are."""
 SOURCES = {
     "kernels": RESULTS / "kernels_cpu.json",
@@ -159,6 +197,9 @@ def table(name: str, path: Path) -> str:
     return f"{markdown(name, result['rows'])}\n\n{where}, torch {versions['torch']}: `{command}`"
 
 
+AWAITED = "Awaits a GPU: `make gpu` measures it."
+
+
 def _markers(name: str) -> tuple[str, str]:
     return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
 
@@ -175,7 +216,8 @@ def replace_between(text: str, name: str, content: str) -> str:
 def refreshed(text: str, sources: dict[str, Path]) -> str:
     """`text` with the table of each source."""
     for name, path in sources.items():
-        text = replace_between(text, name, table(name, path))
+        awaited = name.endswith("_cuda") and path == SOURCES.get(name) and not path.is_file()
+        text = replace_between(text, name, AWAITED if awaited else table(name, path))
     return text
 
 

@@ -11,8 +11,8 @@ import torch
 from cisc_ext import __version__
 from cisc_ext.cli import OneLineParser, reporting
 from cisc_ext.data import split
-from cisc_ext.ops import _library
-from cisc_ext.ops.registry import choices_here
+from cisc_ext.ops import _implementations, _library
+from cisc_ext.ops.registry import choices
 
 
 def info(_: argparse.Namespace) -> int:
@@ -21,11 +21,12 @@ def info(_: argparse.Namespace) -> int:
     print(f"cisc_ext {__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads")
     for line in _library.description():
         print(line)
+    print(_implementations.triton_description())
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     for device in devices:
         name = torch.cuda.get_device_name() if device == "cuda" else torch.backends.cpu.get_cpu_capability()
         print(f"{device} ({name}):")
-        for line in choices_here(device):
+        for line in choices(device):
             print(f"  {line}")
     plans = _library.plans(torch.get_num_threads())
     if plans:

@@ -1,7 +1,9 @@
-"""Fixtures of the whole suite."""
+"""Fixtures of the whole suite; without a GPU, Triton's kernels run in its interpreter."""
 
 from __future__ import annotations
 
+import os
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,8 +11,26 @@ import numpy as np
 import pytest
 import torch
 
+# Before Triton is imported, which reads it then.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 GOLDEN = Path(__file__).parent / "golden"
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With CISC_TESTS_SHARD=I/N the I-th of N parts; tests of the same case stay together."""
+    if not os.environ.get("CISC_TESTS_SHARD"):
+        return
+    shard, count = map(int, os.environ["CISC_TESTS_SHARD"].split("/"))
+
+    def mine(item: pytest.Item) -> bool:
+        name, _, case = item.nodeid.partition("[")
+        return zlib.crc32((case or name).encode()) % count == shard
+
+    config.hook.pytest_deselected(items=[item for item in items if not mine(item)])
+    items[:] = [item for item in items if mine(item)]
 
 
 @pytest.fixture(scope="session")

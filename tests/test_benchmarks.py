@@ -36,6 +36,7 @@ from cisc_ext.ops import _library
 from cisc_ext.ops.registry import OPERATORS, PASSES, Call, Cost, Implementation, never
 
 Golden = Callable[[str], dict[str, Tensor]]
+CPU = Call("cpu", (torch.float32,))
 LOSSES = ["square", "wide", "unaligned", "heavy_ignore", "no_shared_class"]
 
 
@@ -122,7 +123,7 @@ def test_step_writes_its_result(tmp_path: Path) -> None:
 @pytest.fixture
 def green(monkeypatch: pytest.MonkeyPatch) -> None:
     """The operators' tests are taken to pass: they run elsewhere."""
-    monkeypatch.setattr(kernels, "red", lambda ops: None)
+    monkeypatch.setattr(kernels, "red", lambda *_: None)
 
 
 def measured_kernels(path: Path, *arguments: str) -> dict[str, Any]:
@@ -143,6 +144,14 @@ def test_kernels_writes_its_result(tmp_path: Path) -> None:
     path = tmp_path / "kernels.json"
     result = measured_kernels(path, "--op", "map_consistency", "predict", "--workload", "image_128x256")
     assert {"machine", "versions", "commit", "command", "threads", "ceilings", "cisc_isa"} <= set(result)
+    assert {one["impl"]: one["reason"] for one in result["left_out"]}["triton"]
+    cases_of = {(row["op"], row["dtype"], row["pass"]) for row in result["rows"]}
+    assert {(one["op"], one["dtype"], one["pass"]) for one in result["winners"]} == cases_of
+    for one in result["winners"]:
+        of_case = [row for row in result["rows"] if (row["op"], row["pass"]) == (one["op"], one["pass"])]
+        assert one["time_ms"] == min(row["time_ms"] for row in of_case)
+        assert {one["impl"], *one["others"]} == {row["impl"] for row in of_case}
+        assert all(ratio >= 1 for ratio in one["others"].values())
     assert result["quick"] and result["device"] == "cpu"
     if _library.LOADED:
         assert result["cisc_isa"] in ("portable", "avx2", "avx512", "avx512_bf16")
@@ -168,7 +177,7 @@ def test_kernels_writes_its_result(tmp_path: Path) -> None:
         (name, one.name, passes)
         for name, all_passes in (("map_consistency", ("both",)), ("predict", ("forward",)))
         for one in OPERATORS[name].implementations
-        if not one.obstacles(Call("cpu", (torch.float32,)))
+        if not one.obstacles(CPU) + one.reservations(CPU)
         for passes in all_passes
     }
     assert {(row["op"], row["impl"], row["pass"]) for row in result["rows"]} == expected
@@ -192,6 +201,35 @@ def test_kernels_refuses_while_tests_are_red(
     assert kernels.red(["predict"]) == "pytest ends with 5", "no test is no green test"
     (tests / "test_ops.py").write_text("def test_predict():\n    pass\n")
     assert kernels.red(["predict"]) is None
+
+
+def test_what_is_asked_before_measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU without Triton's interpreter; on a GPU its tests alone."""
+    tests = tmp_path / "tests"
+    tests.mkdir()
+    (tests / "test_golden.py").write_text("")
+    (tests / "test_ops.py").write_text(
+        "import pytest\n"
+        "def test_predict():\n    pass\n"
+        "@pytest.mark.cuda\ndef test_predict_cuda():\n    pass\n"
+        "def test_predict_triton():\n    assert 1 == 2\n"
+    )
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    assert kernels.red(["predict"]) is None
+    assert kernels.red(["predict"], "cuda") is None
+    (tests / "test_ops.py").write_text("def test_predict():\n    pass\n")
+    assert kernels.red(["predict"], "cuda") == "pytest ends with 5"
+
+
+@pytest.mark.usefixtures("green")
+def test_what_is_not_begun_in_time_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "measure_case", lambda *_: pytest.fail("measured"))
+    result = measured_kernels(
+        *(tmp_path / "k.json", "--op", "predict", "--workload", "pascal", "--stop-after", "0.001")
+    )
+    assert result["rows"] == result["winners"] == []
+    assert {one["reason"] for one in result["left_out"]} == {"not begun within 0.001 s"}
+    assert [one["dtype"] for one in result["left_out"]] == ["float32", "bfloat16"]
 
 
 @pytest.mark.usefixtures("green")
@@ -256,6 +294,12 @@ def test_a_rival_that_cannot_run_is_listed(tmp_path: Path, monkeypatch: pytest.M
         assert "off the float32 reference" in reasons["off"]
         assert "GiB at least" in reasons["large"]
         assert "at the machine's rate" in reasons["long"]
+
+
+def test_the_winner_of_a_case() -> None:
+    head = {"op": "predict", "workload": "pascal", "dtype": "float32", "pass": "forward"}
+    rows = [{**head, "impl": impl, "time_ms": ms} for impl, ms in (("cpp", 3.0), ("triton", 2.0))]
+    assert kernels.winner(rows) == {**head, "impl": "triton", "time_ms": 2.0, "others": {"cpp": 1.5}}
 
 
 def test_trials_end_what_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -370,6 +414,48 @@ def test_kernels_table_shows_the_nearest_rival(tmp_path: Path) -> None:
     cells = [cell.strip() for cell in lines[2].split("|")[1:-1]]
     assert cells[:4] == ["predict", "image_321x642", "forward", "cpp"]
     assert cells[-3:] == ["3", "2", "chunked"]
+
+
+def test_a_gpus_table_names_the_winner(tmp_path: Path) -> None:
+    def row(impl: str, dtype: str, time_ms: float, **more: Any) -> dict[str, Any]:
+        return {
+            **kernels_result()["rows"][-1],
+            **{"impl": impl, "dtype": dtype, "time_ms": time_ms, "mode": None, **more},
+        }
+
+    rows = [
+        row("cpp", "float32", 3.0),
+        row("triton", "float32", 2.0),
+        row("reference", "float32", 9.0),
+        row("triton", "bfloat16", 1.0),
+        row("reference", "bfloat16", 0.5),
+        row("reference", "float16", 0.5),
+        row("triton", "float32", 0.1, ladder=True),
+    ]
+    path = tmp_path / "kernels.json"
+    gpu = {"device": "cuda", "machine": {"gpu": "a GPU"}}
+    path.write_text(json.dumps({**kernels_result(), **gpu, "rows": rows}))
+    lines = tables.table("kernels_cuda", path).splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
+    assert cells[0] == list(tables.COLUMNS["kernels_cuda"].values())
+    shown = [{heading: cell for heading, cell in zip(cells[0], line, strict=True)} for line in cells[2:]]
+    assert [(one["by"], one["dtype"], one["wins"]) for one in shown] == [
+        ("cpp", "float32", "triton"),
+        ("triton", "float32", "triton"),
+        ("triton", "bfloat16", "reference"),
+        ("reference", "float16", "reference"),
+    ]
+    assert lines[-1].startswith("a GPU, torch 2")
+
+
+def test_a_result_of_a_gpu_may_be_awaited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(tables.SOURCES, "kernels_cuda", tmp_path / "none.json")
+    text = "<!-- kernels_cuda:begin -->\n<!-- kernels_cuda:end -->"
+    assert tables.AWAITED in tables.refreshed(text, {"kernels_cuda": tmp_path / "none.json"})
+    with pytest.raises(FileNotFoundError):
+        tables.refreshed(text, {"kernels_cuda": tmp_path / "another.json"})
+    with pytest.raises(FileNotFoundError):
+        tables.refreshed(text.replace("_cuda", ""), {"kernels": tmp_path / "none.json"})
 
 
 def test_plots_are_drawn_the_same_each_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

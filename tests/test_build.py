@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -19,7 +20,9 @@ from setuptools import Distribution
 from torch import Tensor
 from torch.nn import functional
 
+from cisc_ext.data import synthetic
 from cisc_ext.ops import _library
+from cisc_ext.ops.registry import OPERATORS
 
 ROOT = Path(__file__).resolve().parents[1]
 EPS = 5e-4
@@ -188,7 +191,13 @@ def test_without_cpp_old_libraries_go(
         ({"CISC_SANITIZE": "1"}, "CISC_SANITIZE=1 builds into a folder of its own"),
         ({"CISC_CUDA_ARCHS": "8.0;sm90"}, "CISC_CUDA_ARCHS must be a list such as .*, got 'sm90'"),
         ({"CISC_CUDA_ARCHS": "7.0"}, "the oldest chip that has kernels is 7.5, got '7.0'"),
-        ({"PATH": "/nowhere", "CISC_CUDA": "0"}, "no C\\+\\+ compiler"),
+        (
+            {"CXX": "/nowhere/g++ -m64"},
+            "no C\\+\\+ compiler: CXX names /nowhere/g\\+\\+, which was",
+        ),
+        ({"PATH": "/nowhere", "CISC_CPP": "1"}, "CISC_CPP=1, but no C\\+\\+ compiler"),
+        ({"PATH": "/nowhere", "CISC_CUDA": "1"}, "CISC_CUDA=1, but no C\\+\\+ compiler"),
+        ({"PATH": "/nowhere", "CISC_SANITIZE": "1"}, "CISC_SANITIZE=1, but no C\\+\\+ compiler"),
     ],
 )
 def test_refusals_are_one_line(tree: Path, env: dict[str, str], message: str) -> None:
@@ -202,6 +211,70 @@ def test_pure_python(tree: Path) -> None:
     done = build(tree, CISC_CPP="0", PATH="/nowhere")
     assert done.returncode == 0, done.stderr
     assert "C++ left out: CISC_CPP=0" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the repository, built where there is no compiler."""
+    folder = tmp_path_factory.mktemp("bare")
+    for name in ("setup.py", "pyproject.toml", "LICENSE", "README.md", "train.py", "eval.py"):
+        shutil.copy(ROOT / name, folder)
+    without = shutil.ignore_patterns("*.so", "__pycache__", "results")
+    for name in ("cisc_ext", "csrc", "benchmarks", "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=without)
+    done = build(folder, PATH="/nowhere")
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("cisc_ext:")]
+    assert lines == [
+        "cisc_ext: C++ left out: no C++ compiler: g++, c++, clang++ not found on PATH (CXX names another);"
+        " operators run as the slower reference on the CPU, and on a GPU in Triton"
+    ]
+    assert not list((folder / "cisc_ext").glob("*.so"))
+    return folder
+
+
+def run_bare(folder: Path, *words: str) -> str:
+    """What a command prints there, as on a machine without compilers and interpreter."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("CISC_", "TRITON_"))}
+    done = subprocess.run(
+        [sys.executable, *words],
+        cwd=folder,
+        env={**env, "PYTHONPATH": str(folder), "PATH": "/nowhere"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def test_without_a_compiler_info_says_what_is_lost(bare: Path) -> None:
+    lines = run_bare(bare, "-m", "cisc_ext", "info").splitlines()
+    assert "compiled operators: none (_ops.so was not built, for want of a C++ compiler" in lines[1]
+    taken = {line.split(": ")[0].strip(): line.split(": ")[1] for line in lines if "(not cpp:" in line}
+    assert set(taken) == set(OPERATORS)
+    assert all(choice.startswith("reference (not cpp") for choice in taken.values())
+
+
+def test_without_a_compiler_training_and_evaluation_run(bare: Path) -> None:
+    short = ["--steps", "2", "--intervals", "1", "--batch-size", "2", "--crop-size", "33", "--workers", "0"]
+    synthetic.generate(bare / "small", labeled=4, unlabeled=4, val=2, size=(48, 48))
+    data = ["--data-root", "small", "--split", "small/splits"]
+    assert "operator predict: reference" in run_bare(bare, "train.py", "demo", "--out", "run", *data, *short)
+    checkpoint = "run/checkpoints/retrain_all.pt"
+    run_bare(bare, "eval.py", checkpoint, "--data-root", "small", "--json", "scores.json")
+    assert (bare / "scores.json").is_file()
+
+
+def test_without_a_compiler_benchmarks_run(bare: Path) -> None:
+    step = ["--crop", "33", "--repeats", "1", "--json", "step.json"]
+    run_bare(bare, "-m", "benchmarks.step", *step)
+    kernels = ["--quick", "--op", "predict", "--workload", "pascal", "--json", "kernels.json"]
+    run_bare(bare, "-m", "benchmarks.kernels", *kernels)
+    result = json.loads((bare / "kernels.json").read_text())
+    assert {row["impl"] for row in result["rows"]} == {"reference"}
+    reasons = {one["impl"]: one["reason"] for one in result["left_out"]}
+    assert "was not built" in reasons["cpp"] and "interpreter only" in reasons["triton"]
 
 
 def test_chip_list(setup_py: ModuleType) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import subprocess
 import sys
@@ -18,10 +19,12 @@ import torch
 from fuzzjudge import RULES, describe
 from numerics import assert_equal
 
-from cisc_ext.ops.registry import OPERATORS, Implementation
+from cisc_ext.ops.registry import OPERATORS, Call, Implementation
 
 ROOT = Path(__file__).resolve().parents[1]
 CASES = 2000
+INTERPRETED, MOST_WORK = 6, 5000
+"""Cases of an operator in Triton's interpreter, which is slow, and pixels times classes of each."""
 
 sanitizers = pytest.mark.skipif(not fuzz.preloads(), reason=f"no g++ with {', '.join(fuzz.LIBRARIES)}")
 
@@ -41,6 +44,36 @@ def test_cases_under_sanitizers(tmp_path: Path) -> None:
     }
     assert set(result["instruction_sets"]) == set(fuzz.isas_here())
     assert set(result["kinds"]) == {"value", "bad argument", "raw"}
+
+
+@pytest.mark.parametrize("name", sorted(OPERATORS))
+def test_triton_in_its_interpreter(name: str) -> None:
+    (one,) = (one for one in OPERATORS[name].implementations if one.name == "triton")
+    if reasons := one.obstacles(Call("cpu", (torch.float32,))):
+        pytest.skip("; ".join(reasons))
+    small = (seed for seed in range(2000) if 0 < _work(seed, name) <= MOST_WORK)
+    seeds = list(itertools.islice(small, INTERPRETED))
+    assert len(seeds) == INTERPRETED
+    failures = [fuzz.run_case(seed, (name,), "triton")[1] for seed in seeds]
+    assert [failure for failure in failures if failure is not None] == []
+
+
+def _work(seed: int, name: str) -> int:
+    """Pixels times classes, or pixels times pixels, of a case with values; 0 of the others."""
+    case = fuzzcases.make(seed, (name,))
+    if case.kind != "value":
+        return 0
+    sizes = [value.numel() for value in case.inputs.values() if isinstance(value, torch.Tensor)]
+    pixels = max(sizes)
+    if name == "cross_similarity":
+        return pixels * case.inputs["guide"].shape[2:].numel()
+    if name == "predict":
+        height, width = case.inputs["size"]
+        return pixels + height * width * case.inputs["logits"].shape[:2].numel()
+    first = (
+        case.inputs["logits"] if "logits" in case.inputs else case.inputs.get("classes", torch.zeros(1, 1))
+    )
+    return pixels * first.shape[1]
 
 
 FAULTS = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from cisc_ext import ops
-from cisc_ext.ops import registry
+from cisc_ext.ops import _implementations, registry
 from cisc_ext.ops.registry import Call
 
 
@@ -209,7 +210,9 @@ WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [
 
 
 def _fails(name: str, changed: dict[str, Any], error: type[Exception], message: str) -> None:
-    for impl in [None, *(one.name for one in registry.OPERATORS[name].implementations)]:
+    call = Call("cpu", (torch.float32,))
+    able = [one.name for one in registry.OPERATORS[name].implementations if not one.obstacles(call)]
+    for impl in [None, *able]:
         with pytest.raises(error, match=f"^{name}: {message}") as raised:
             getattr(ops, name)(**(_inputs()[name] | changed), impl=impl)
         assert "\n" not in str(raised.value)
@@ -267,7 +270,18 @@ def test_impl(name: str) -> None:
         function(**doubles, impl=impl)
 
 
-def test_cpp_refuses_float64_with_the_reason() -> None:
+@pytest.mark.parametrize("name", registry.OPERATORS)
+def test_triton_on_the_cpu_is_for_its_interpreter(name: str) -> None:
+    found = _implementations.HERE
+    if found.interpreted and not found.triton:
+        getattr(ops, name)(**_inputs()[name], impl="triton")
+        return
+    reason = re.escape(found.triton) or r"Triton runs on the CPU in its interpreter only"
+    with pytest.raises(ValueError, match=f"^{name}: impl='triton' cannot run here: {reason}"):
+        getattr(ops, name)(**_inputs()[name], impl="triton")
+
+
+def test_only_the_reference_takes_float64() -> None:
     for name, operator in registry.OPERATORS.items():
         for one in operator.implementations:
             if one.name != "reference":

@@ -52,7 +52,7 @@ def test_measure_sees_what_is_held_and_not_what_is_returned(measured: dict[str, 
 def test_extra_memory(case: str, measured: dict[str, float]) -> None:
     operator = OPERATORS[case.partition("-")[0]]
     (implementation,) = (one for one in operator.implementations if one.name == case.rpartition("-")[2])
-    if reasons := implementation.obstacles(CPU):
+    if reasons := implementation.obstacles(CPU) + implementation.reservations(CPU):
         pytest.skip("; ".join(reasons))
     assert operator.extra_bytes_cpu <= EXTRA_BYTES_CPU
     assert measured[case] <= operator.extra_bytes_cpu / MIB + UNCERTAIN_MIB

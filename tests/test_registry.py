@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import logging
 import pkgutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +14,8 @@ import torch
 from torch import Tensor
 
 from cisc_ext import ops
-from cisc_ext.ops import registry
-from cisc_ext.ops.registry import Call, Implementation, Operator, decide, never
+from cisc_ext.ops import _implementations, registry
+from cisc_ext.ops.registry import Call, Found, Implementation, Operator, decide, never
 
 FLOAT = Call("cpu", (torch.float32,))
 DOUBLE = Call("cpu", (torch.float64,))
@@ -123,9 +124,167 @@ def test_entries_are_complete(name: str) -> None:
         assert not operator.implementations[-1].obstacles(Call(device, (torch.bfloat16,)))
 
 
+HOPPER, AMPERE, TURING = (9, 0), (8, 0), (7, 5)
+ALL = frozenset(registry.OPERATORS)
+NO_LIBRARY, NO_TRITON = "_ops.so was not built", "Triton is not installed"
+SLOWER, TESTS_ONLY = "was not measured to be faster than Triton's", "its interpreter is there for tests"
+
+# machine, device, capability of its GPU, what "auto" takes, part of the reasons for what it passes over
+CHOICES: dict[str, tuple[Found, str, tuple[int, int] | None, str, dict[str, str]]] = {
+    "GPU, nothing but Triton": (Found(NO_LIBRARY, ""), "cuda", HOPPER, "triton", {"cpp": NO_LIBRARY}),
+    "GPU, library without CUDA": (Found("", ""), "cuda", AMPERE, "triton", {"cpp": "no CUDA kernel"}),
+    "GPU, CUDA measured to be faster": (
+        Found("", "", cuda_kernels=ALL, cuda_faster=ALL),
+        "cuda",
+        HOPPER,
+        "cpp",
+        {},
+    ),
+    "GPU, CUDA not measured to be faster": (
+        Found("", "", cuda_kernels=ALL),
+        "cuda",
+        HOPPER,
+        "triton",
+        {"cpp": SLOWER},
+    ),
+    "GPU, CUDA without Triton": (Found("", NO_TRITON, cuda_kernels=ALL), "cuda", HOPPER, "cpp", {}),
+    "GPU, neither": (
+        Found(NO_LIBRARY, NO_TRITON),
+        "cuda",
+        HOPPER,
+        "reference",
+        {"cpp": NO_LIBRARY, "triton": NO_TRITON},
+    ),
+    "GPU, Triton without a C compiler": (
+        Found(NO_LIBRARY, "", driver="Triton needs a C compiler"),
+        "cuda",
+        HOPPER,
+        "reference",
+        {"triton": "Triton needs a C compiler"},
+    ),
+    "CPU, interpreter without a C compiler": (
+        Found(NO_LIBRARY, "", driver="Triton needs a C compiler", interpreted=True),
+        "cpu",
+        None,
+        "reference",
+        {"triton": TESTS_ONLY},
+    ),
+    "old GPU": (
+        Found(NO_LIBRARY, ""),
+        "cuda",
+        TURING,
+        "reference",
+        {"triton": "Triton needs compute capability 8.0, this GPU has 7.5"},
+    ),
+    "old GPU, CUDA not measured": (Found("", "", cuda_kernels=ALL), "cuda", TURING, "cpp", {}),
+    "GPU, interpreter": (
+        Found(NO_LIBRARY, "", interpreted=True),
+        "cuda",
+        HOPPER,
+        "reference",
+        {"triton": "TRITON_INTERPRET=1 has Triton run on the CPU"},
+    ),
+    "CPU": (Found("", ""), "cpu", None, "cpp", {}),
+    "CPU, no library": (
+        Found(NO_LIBRARY, ""),
+        "cpu",
+        None,
+        "reference",
+        {"cpp": NO_LIBRARY, "triton": "in its interpreter only"},
+    ),
+    "CPU, interpreter": (Found("", "", interpreted=True), "cpu", None, "cpp", {}),
+    "CPU, interpreter, no library": (
+        Found(NO_LIBRARY, "", interpreted=True),
+        "cpu",
+        None,
+        "reference",
+        {"cpp": NO_LIBRARY, "triton": TESTS_ONLY},
+    ),
+    "another device": (
+        Found("", ""),
+        "xpu",
+        None,
+        "reference",
+        {"cpp": "for xpu tensors", "triton": "no Triton kernel for xpu tensors"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", registry.OPERATORS)
+@pytest.mark.parametrize("machine", CHOICES)
+def test_auto_is_a_function_of_call_and_machine(machine: str, name: str) -> None:
+    found, device, chip, wanted, reasons = CHOICES[machine]
+    features = len(registry.OPERATORS[name].features)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        chosen, passed_over = decide(name, None, Call(device, (dtype,) * features, chip, found))
+        assert chosen.name == wanted
+        for other, reason in reasons.items():
+            assert reason in "; ".join(passed_over[other])
+    chosen, passed_over = decide(name, None, Call(device, (torch.float64,) * features, chip, found))
+    assert chosen.name == "reference"
+    assert all("float64 is the reference's" in passed_over[other] for other in ("cpp", "triton"))
+
+
+@pytest.mark.parametrize("name", registry.OPERATORS)
+def test_triton_by_name(name: str) -> None:
+    """Reservations do not count where it is asked for."""
+    for found, device, chip in (
+        (Found("", "", cuda_kernels=ALL, cuda_faster=ALL), "cuda", HOPPER),
+        (Found("", "", interpreted=True), "cpu", None),
+    ):
+        assert decide(name, "triton", Call(device, (torch.float32,), chip, found))[0].name == "triton"
+    for found, device, message in (
+        (Found("", ""), "cpu", r"in its interpreter only \(TRITON_INTERPRET=1\)"),
+        (Found("", NO_TRITON), "cpu", NO_TRITON),
+        (Found("", "", interpreted=True), "cuda", "TRITON_INTERPRET=1 has Triton run on the CPU"),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}: impl='triton' cannot run here: .*{message}"):
+            decide(name, "triton", Call(device, (torch.float32,), None, found))
+
+
+def test_choices_of_a_machine_that_is_not_here() -> None:
+    only_triton = registry.choices("cuda", torch.bfloat16, Found(NO_LIBRARY, ""), HOPPER)
+    without_cuda = "there is no CUDA kernel of {} in this build"
+    assert only_triton == [
+        f"{name}: triton (not cpp: {NO_LIBRARY}, {without_cuda.format(name)})" for name in sorted(ALL)
+    ]
+    some = Found("", "", cuda_kernels=ALL, cuda_faster=frozenset({"cross_similarity"}))
+    lines = dict(line.split(": ", 1) for line in registry.choices("cuda", found=some, chip=HOPPER))
+    assert lines.pop("cross_similarity") == "cpp"
+    assert set(lines.values()) == {
+        "triton (not cpp: its CUDA kernel was not measured to be faster than Triton's)"
+    }
+    old = registry.choices("cuda", found=Found(NO_LIBRARY, ""), chip=TURING)
+    assert all(": reference (not cpp: " in line and "; not triton: Triton needs" in line for line in old)
+
+
+def test_what_triton_needs_to_start_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = _implementations.driver_missing
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(_implementations.sysconfig, "get_path", lambda name: str(tmp_path))
+    bare = {"PATH": str(tmp_path), "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    assert missing(bare) == "Triton needs a C compiler (CC, gcc or clang) on a GPU, found none"
+    assert missing({**bare, "CC": "cc"}) == ""
+    (tmp_path / "clang").touch(mode=0o755)
+    assert missing(bare) == ""
+    (tmp_path / "Python.h").unlink()
+    assert "the headers of this Python" in missing(bare)
+    (tmp_path / "cache" / "HASH").mkdir(parents=True)
+    (tmp_path / "cache" / "HASH" / "cuda_utils.cpython-311.so").touch()
+    assert missing(bare) == "", "it was compiled before"
+
+
+def test_auto_on_the_cpu_never_takes_the_interpreter() -> None:
+    """Whatever this machine has."""
+    for line in registry.choices("cpu"):
+        assert line.partition(": ")[2].startswith(("cpp", "reference"))
+
+
 def test_operators_are_the_files_of_the_package() -> None:
     public = {module.name for module in pkgutil.iter_modules(ops.__path__) if not module.name.startswith("_")}
-    assert public - {"registry"} == set(registry.OPERATORS) == set(ops.__all__)
+    kernels = {name for name in public if name.endswith("_triton")}
+    assert public - kernels - {"registry"} == set(registry.OPERATORS) == set(ops.__all__)
+    assert kernels == {f"{name}_triton" for name in registry.OPERATORS}
     for name in registry.OPERATORS:
         assert importlib.import_module(f"cisc_ext.ops.{name}")
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):

@@ -9,9 +9,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from .registry import OPERATORS, Call
+from .registry import OPERATORS
 
-__all__ = ["LOADED", "PATH", "REASON", "compiled", "cpu_obstacles", "load", "register"]
+__all__ = ["LOADED", "PATH", "REASON", "compiled", "load", "register"]
 
 PATH = Path(__file__).resolve().parent.parent / "_ops.so"
 OLDEST_TORCH = (2, 10)
@@ -29,7 +29,10 @@ def load() -> None:
         return
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if not PATH.is_file():
-        REASON = f"{PATH.name} was not built (pip install --no-build-isolation -e .)"
+        REASON = (
+            f"{PATH.name} was not built, for want of a C++ compiler or by CISC_CPP=0"
+            " (pip install --no-build-isolation -e .)"
+        )
     elif version < OLDEST_TORCH:
         REASON = f"torch must be 2.10 or newer, got {torch.__version__}"
     else:
@@ -43,20 +46,6 @@ def load() -> None:
 
 
 load()
-
-
-def cpu_obstacles(name: str) -> Callable[[Call], list[str]]:
-    """Why the compiled operator of that name cannot serve a call, for one that has kernels for the CPU."""
-
-    def obstacles(call: Call) -> list[str]:
-        reasons = [] if LOADED else [REASON]
-        if call.device != "cpu":
-            reasons.append(f"there is no C++ kernel of {name} for {call.device} tensors")
-        if torch.float64 in call.dtypes:
-            reasons.append("float64 is the reference's")
-        return reasons
-
-    return obstacles
 
 
 def register(

@@ -1,41 +1,18 @@
-"""What the references share: their registration as opaque operators, dtypes, pixels of an image in pieces,
-unit vectors, and gradients that were made in the forward pass."""
+"""What the references share: dtypes, pixels of an image in pieces, unit vectors, and gradients that were made
+in the forward pass."""
 
 from __future__ import annotations
-
-import functools
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._bilinear import pieces
+from ._opaque import opaque_op
 
 
 def accumulator(*tensors: Tensor) -> torch.dtype:
     """float64 if any operand is, else float32: the dtype of sums and results."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
-def reference_op(name: str, schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
-    """Register a function of plain torch as the operator `cisc_ext::name`.
-
-    Opaque to `torch.compile`, so that it may read values and work in pieces; its body runs without autocast.
-    """
-
-    def register(body: Callable[..., Any]) -> Any:
-        @functools.wraps(body)
-        def without_autocast(*args: Any) -> Any:
-            device = next(a.device.type for a in args if isinstance(a, Tensor))
-            with torch.autocast(device, enabled=False):
-                return body(*args)
-
-        op = torch.library.custom_op(f"cisc_ext::{name}", without_autocast, mutates_args=(), schema=schema)
-        op.register_fake(fake)
-        return op
-
-    return register
 
 
 def pixel_ranges(height: int, width: int, most: int) -> list[tuple[int, int]]:
@@ -98,7 +75,7 @@ def _fake_scaled(saved: Tensor, grad: Tensor, like: Tensor) -> Tensor:
     return torch.empty(like.shape, dtype=like.dtype, device=like.device)
 
 
-@reference_op("scaled_gradient", "(Tensor saved, Tensor grad, Tensor input) -> Tensor", _fake_scaled)
+@opaque_op("scaled_gradient", "(Tensor saved, Tensor grad, Tensor input) -> Tensor", _fake_scaled)
 def scaled_gradient(saved: Tensor, grad: Tensor, like: Tensor) -> Tensor:
     """`saved` times the scalar `grad`, in the dtype of `like`, without a temporary of its size.
 

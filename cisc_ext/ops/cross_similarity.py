@@ -13,9 +13,11 @@ from . import _checks as checks
 from . import _library
 from ._bilinear import nearest_rows
 from ._cross_reference import REDUCTIONS, backward, forward
-from ._reference import accumulator, reference_op
+from ._implementations import implementations
+from ._opaque import opaque_op, triton_body
+from ._reference import accumulator
 from ._workloads import CHANNELS, CROPS, IMAGES, regions
-from .registry import Cost, Implementation, Operator, Sample, Workload, choose, never, register
+from .registry import Cost, Operator, Sample, Workload, choose, register
 
 _NAME = "cross_similarity"
 _COLDEST = torch.finfo(torch.float32).tiny
@@ -143,11 +145,10 @@ def _fake(
     )
 
 
-@reference_op(
-    f"{_NAME}_reference",
-    f"({_ARGUMENTS}, bool return_index) -> (Tensor similarity, Tensor index, Tensor saved)",
-    _fake,
-)
+_SCHEMA = f"({_ARGUMENTS}, bool return_index) -> (Tensor similarity, Tensor index, Tensor saved)"
+
+
+@opaque_op(f"{_NAME}_reference", _SCHEMA, _fake)
 def _reference(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     classes = arguments[3]
     invalid = None if classes is None else checks.class_values(_NAME, classes)
@@ -166,12 +167,13 @@ def _fake_backward(
     )
 
 
-@reference_op(
-    f"{_NAME}_reference_backward",
+_BACKWARD_SCHEMA = (
     f"(Tensor grad, Tensor similarity, Tensor index, Tensor saved, {_ARGUMENTS}, "
-    "bool need_query, bool need_guide) -> (Tensor, Tensor)",
-    _fake_backward,
+    "bool need_query, bool need_guide) -> (Tensor, Tensor)"
 )
+
+
+@opaque_op(f"{_NAME}_reference_backward", _BACKWARD_SCHEMA, _fake_backward)
 def _reference_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
     return backward(*arguments)
 
@@ -195,6 +197,12 @@ def _backward_by(operator: Callable[..., Any]) -> Callable[..., tuple[Tensor | N
 
 
 _reference.register_autograd(_backward_by(_reference_backward), setup_context=_save)
+
+_triton = opaque_op(f"{_NAME}_triton", _SCHEMA, _fake)(triton_body(_NAME, "forward"))
+_triton_backward = opaque_op(f"{_NAME}_triton_backward", _BACKWARD_SCHEMA, _fake_backward)(
+    triton_body(_NAME, "backward")
+)
+_triton.register_autograd(_backward_by(_triton_backward), setup_context=_save)
 
 _cpp_backward = _library.compiled(f"{_NAME}_backward")
 _library.register(_NAME, _fake, _backward_by(_cpp_backward), _save)
@@ -344,9 +352,8 @@ register(
     Operator(
         name=_NAME,
         function=cross_similarity,
-        implementations=(
-            Implementation("cpp", _library.compiled(_NAME), _library.cpu_obstacles(_NAME)),
-            Implementation("reference", _reference, never),
+        implementations=implementations(
+            _NAME, cpp=_library.compiled(_NAME), triton=_triton, reference=_reference
         ),
         samples=_samples,
         cost=_cost,

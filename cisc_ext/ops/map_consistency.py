@@ -11,9 +11,11 @@ from torch import Tensor
 from . import _checks as checks
 from . import _library
 from ._bilinear import add_adjoint_rows, pieces, upsample_rows
-from ._reference import accumulator, reference_op, scaled_gradient
+from ._implementations import implementations
+from ._opaque import opaque_op, triton_body
+from ._reference import accumulator, scaled_gradient
 from ._workloads import Size, sizes
-from .registry import Cost, Implementation, Operator, Sample, Workload, choose, never, register
+from .registry import Cost, Operator, Sample, Workload, choose, register
 
 _NAME = "map_consistency"
 _LOG_FLOOR = -100.0
@@ -83,12 +85,13 @@ def _fake(
     )
 
 
-@reference_op(
-    f"{_NAME}_reference",
+_SCHEMA = (
     "(Tensor similarity, Tensor labels, Tensor classes, int ignore_index, bool need_grad) "
-    "-> (Tensor loss, Tensor grad)",
-    _fake,
+    "-> (Tensor loss, Tensor grad)"
 )
+
+
+@opaque_op(f"{_NAME}_reference", _SCHEMA, _fake)
 def _reference(
     similarity: Tensor, labels: Tensor, classes: Tensor, ignore_index: int, need_grad: bool
 ) -> tuple[Tensor, Tensor]:
@@ -139,6 +142,8 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor |
 
 
 _reference.register_autograd(_backward, setup_context=_save)
+_triton = opaque_op(f"{_NAME}_triton", _SCHEMA, _fake)(triton_body(_NAME, "forward"))
+_triton.register_autograd(_backward, setup_context=_save)
 _library.register(_NAME, _fake, _backward, _save)
 
 
@@ -201,9 +206,8 @@ register(
     Operator(
         name=_NAME,
         function=map_consistency,
-        implementations=(
-            Implementation("cpp", _library.compiled(_NAME), _library.cpu_obstacles(_NAME)),
-            Implementation("reference", _reference, never),
+        implementations=implementations(
+            _NAME, cpp=_library.compiled(_NAME), triton=_triton, reference=_reference
         ),
         samples=_samples,
         cost=_cost,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,9 +11,11 @@ from torch import Tensor
 from . import _checks as checks
 from . import _library
 from ._bilinear import add_adjoint_rows, in_a_piece, outputs_of, pieces
-from ._reference import accumulator, part, pixel_ranges, reference_op, set_part
+from ._implementations import implementations
+from ._opaque import opaque_op, triton_body
+from ._reference import accumulator, part, pixel_ranges, set_part
 from ._workloads import Size, sizes
-from .registry import Cost, Implementation, Operator, Sample, Workload, choose, never, register
+from .registry import Cost, Operator, Sample, Workload, choose, register
 
 _NAME = "masked_average_pool"
 
@@ -97,9 +99,10 @@ def _fake(features: Tensor, labels: Tensor, classes: Tensor, eps: float) -> Tens
     return torch.empty(shape, dtype=accumulator(features), device=features.device)
 
 
-@reference_op(
-    f"{_NAME}_reference", "(Tensor features, Tensor labels, Tensor classes, float eps) -> Tensor", _fake
-)
+_SCHEMA = "(Tensor features, Tensor labels, Tensor classes, float eps) -> Tensor"
+
+
+@opaque_op(f"{_NAME}_reference", _SCHEMA, _fake)
 def _reference(features: Tensor, labels: Tensor, classes: Tensor, eps: float) -> Tensor:
     invalid = checks.class_values(_NAME, classes)
     dtype = accumulator(features)
@@ -121,11 +124,12 @@ def _fake_backward(
     return torch.empty((grad.shape[0], grad.shape[2], h, w), dtype=dtype, device=grad.device)
 
 
-@reference_op(
-    f"{_NAME}_reference_backward",
-    "(Tensor grad, Tensor labels, Tensor classes, SymInt h, SymInt w, float eps, ScalarType dtype) -> Tensor",
-    _fake_backward,
+_BACKWARD_SCHEMA = (
+    "(Tensor grad, Tensor labels, Tensor classes, SymInt h, SymInt w, float eps, ScalarType dtype) -> Tensor"
 )
+
+
+@opaque_op(f"{_NAME}_reference_backward", _BACKWARD_SCHEMA, _fake_backward)
 def _reference_backward(
     grad: Tensor, labels: Tensor, classes: Tensor, h: int, w: int, eps: float, dtype: torch.dtype
 ) -> Tensor:
@@ -149,38 +153,39 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.rest = (*features.shape[2:], eps, features.dtype)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return _reference_backward(grad, *ctx.saved_tensors, *ctx.rest), None, None, None
-
-
 def _save_twice(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, labels, classes, _, _, ctx.eps, _ = inputs
     ctx.save_for_backward(labels, classes)
 
 
-def _backward_twice(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    # The average is linear in the features: the adjoint of its adjoint is itself.
-    return _reference(grad, *ctx.saved_tensors, ctx.eps), *[None] * 6
+def _gradients(
+    forward: Callable[..., Tensor], backward: Callable[..., Tensor]
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The gradient of an implementation, and that of its gradient."""
+
+    def once(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return backward(grad, *ctx.saved_tensors, *ctx.rest), None, None, None
+
+    def twice(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # The average is linear in the features: the adjoint of its adjoint is itself.
+        return forward(grad, *ctx.saved_tensors, ctx.eps), *[None] * 6
+
+    return once, twice
 
 
-_reference.register_autograd(_backward, setup_context=_save)
-_reference_backward.register_autograd(_backward_twice, setup_context=_save_twice)
+_triton = opaque_op(f"{_NAME}_triton", _SCHEMA, _fake)(triton_body(_NAME, "forward"))
+_triton_backward = opaque_op(f"{_NAME}_triton_backward", _BACKWARD_SCHEMA, _fake_backward)(
+    triton_body(_NAME, "backward")
+)
+for _forward, _back in ((_reference, _reference_backward), (_triton, _triton_backward)):
+    _once, _twice = _gradients(_forward, _back)
+    _forward.register_autograd(_once, setup_context=_save)
+    _back.register_autograd(_twice, setup_context=_save_twice)
 
-
-_cpp = _library.compiled(_NAME)
-_cpp_backward = _library.compiled(f"{_NAME}_backward")
-
-
-def _cpp_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return _cpp_backward(grad, *ctx.saved_tensors, *ctx.rest), None, None, None
-
-
-def _cpp_gradient_twice(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return _cpp(grad, *ctx.saved_tensors, ctx.eps), *[None] * 6
-
-
-_library.register(_NAME, _fake, _cpp_gradient, _save)
-_library.register(f"{_NAME}_backward", _fake_backward, _cpp_gradient_twice, _save_twice)
+_cpp, _cpp_backward = _library.compiled(_NAME), _library.compiled(f"{_NAME}_backward")
+_once, _twice = _gradients(_cpp, _cpp_backward)
+_library.register(_NAME, _fake, _once, _save)
+_library.register(f"{_NAME}_backward", _fake_backward, _twice, _save_twice)
 
 
 def _samples() -> Iterator[Sample]:
@@ -250,10 +255,7 @@ register(
     Operator(
         name=_NAME,
         function=masked_average_pool,
-        implementations=(
-            Implementation("cpp", _cpp, _library.cpu_obstacles(_NAME)),
-            Implementation("reference", _reference, never),
-        ),
+        implementations=implementations(_NAME, _cpp, _triton, _reference),
         samples=_samples,
         cost=_cost,
         workloads=_workloads,

@@ -11,9 +11,11 @@ from torch import Tensor
 from . import _checks as checks
 from . import _library
 from ._bilinear import pieces, upsample_rows
-from ._reference import accumulator, reference_op
+from ._implementations import implementations
+from ._opaque import opaque_op, triton_body
+from ._reference import accumulator
 from ._workloads import Size, sizes
-from .registry import Cost, Implementation, Operator, Sample, Workload, choose, never, register
+from .registry import Cost, Operator, Sample, Workload, choose, register
 
 _NAME = "predict"
 _MOST_CLASSES = 256
@@ -92,12 +94,13 @@ def _fake(
     )
 
 
-@reference_op(
-    f"{_NAME}_reference",
+_SCHEMA = (
     "(Tensor logits, SymInt height, SymInt width, Tensor? labels, int ignore_index) "
-    "-> (Tensor classes, Tensor confusion)",
-    _fake,
+    "-> (Tensor classes, Tensor confusion)"
 )
+
+
+@opaque_op(f"{_NAME}_reference", _SCHEMA, _fake)
 def _reference(
     logits: Tensor, height: int, width: int, labels: Tensor | None, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
@@ -121,6 +124,7 @@ def _reference(
     return classes, confusion
 
 
+_triton = opaque_op(f"{_NAME}_triton", _SCHEMA, _fake)(triton_body(_NAME, "forward"))
 _library.register(_NAME, _fake)
 
 
@@ -174,9 +178,8 @@ register(
     Operator(
         name=_NAME,
         function=predict,
-        implementations=(
-            Implementation("cpp", _library.compiled(_NAME), _library.cpu_obstacles(_NAME)),
-            Implementation("reference", _reference, never),
+        implementations=implementations(
+            _NAME, cpp=_library.compiled(_NAME), triton=_triton, reference=_reference
         ),
         samples=_samples,
         cost=_cost,

@@ -11,18 +11,19 @@ from torch import Tensor
 from . import _checks as checks
 from . import _library
 from ._bilinear import in_a_piece
+from ._implementations import implementations
+from ._opaque import opaque_op, triton_body
 from ._reference import (
     accumulator,
     norms,
     part,
     pixel_ranges,
-    reference_op,
     set_part,
     through_norm,
     unit_rows,
 )
 from ._workloads import CHANNELS, Size, sizes
-from .registry import Cost, Implementation, Operator, Sample, Workload, choose, never, register
+from .registry import Cost, Operator, Sample, Workload, choose, register
 
 _NAME = "prototype_similarity"
 
@@ -75,7 +76,10 @@ def _fake(query: Tensor, prototypes: Tensor, eps: float) -> Tensor:
     return torch.empty(shape, dtype=accumulator(query, prototypes), device=query.device)
 
 
-@reference_op(f"{_NAME}_reference", "(Tensor query, Tensor prototypes, float eps) -> Tensor", _fake)
+_SCHEMA = "(Tensor query, Tensor prototypes, float eps) -> Tensor"
+
+
+@opaque_op(f"{_NAME}_reference", _SCHEMA, _fake)
 def _reference(query: Tensor, prototypes: Tensor, eps: float) -> Tensor:
     dtype = accumulator(query, prototypes)
     similarity = _fake(query, prototypes, eps)
@@ -91,11 +95,10 @@ def _fake_backward(grad: Tensor, query: Tensor, prototypes: Tensor, eps: float) 
     return torch.empty_like(query), torch.empty_like(prototypes)
 
 
-@reference_op(
-    f"{_NAME}_reference_backward",
-    "(Tensor grad, Tensor query, Tensor prototypes, float eps) -> (Tensor, Tensor)",
-    _fake_backward,
-)
+_BACKWARD_SCHEMA = "(Tensor grad, Tensor query, Tensor prototypes, float eps) -> (Tensor, Tensor)"
+
+
+@opaque_op(f"{_NAME}_reference_backward", _BACKWARD_SCHEMA, _fake_backward)
 def _reference_backward(grad: Tensor, query: Tensor, prototypes: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     dtype = grad.dtype
     grad_query, grad_prototypes = torch.empty_like(query), torch.empty_like(prototypes)
@@ -128,6 +131,12 @@ def _backward_by(operator: Callable[..., Any]) -> Callable[..., tuple[Tensor | N
 
 
 _reference.register_autograd(_backward_by(_reference_backward), setup_context=_save)
+
+_triton = opaque_op(f"{_NAME}_triton", _SCHEMA, _fake)(triton_body(_NAME, "forward"))
+_triton_backward = opaque_op(f"{_NAME}_triton_backward", _BACKWARD_SCHEMA, _fake_backward)(
+    triton_body(_NAME, "backward")
+)
+_triton.register_autograd(_backward_by(_triton_backward), setup_context=_save)
 
 _cpp_backward = _library.compiled(f"{_NAME}_backward")
 _library.register(_NAME, _fake, _backward_by(_cpp_backward), _save)
@@ -192,9 +201,8 @@ register(
     Operator(
         name=_NAME,
         function=prototype_similarity,
-        implementations=(
-            Implementation("cpp", _library.compiled(_NAME), _library.cpu_obstacles(_NAME)),
-            Implementation("reference", _reference, never),
+        implementations=implementations(
+            _NAME, cpp=_library.compiled(_NAME), triton=_triton, reference=_reference
         ),
         samples=_samples,
         cost=_cost,

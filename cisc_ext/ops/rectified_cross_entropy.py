@@ -11,9 +11,11 @@ from torch import Tensor
 from . import _checks as checks
 from . import _library
 from ._bilinear import add_adjoint_rows, pieces, upsample_rows
-from ._reference import accumulator, reference_op, scaled_gradient
+from ._implementations import implementations
+from ._opaque import opaque_op, triton_body
+from ._reference import accumulator, scaled_gradient
 from ._workloads import Size, sizes
-from .registry import Cost, Implementation, Operator, Sample, Workload, choose, never, register
+from .registry import Cost, Operator, Sample, Workload, choose, register
 
 _NAME = "rectified_cross_entropy"
 REDUCTIONS = ("mean", "valid_mean", "sum", "none")
@@ -259,11 +261,10 @@ _ARGUMENTS = (
 )
 
 
-@reference_op(
-    f"{_NAME}_reference",
-    f"(Tensor logits, {_ARGUMENTS}, bool need_grad) -> (Tensor loss, Tensor grad)",
-    _fake,
-)
+_SCHEMA = f"(Tensor logits, {_ARGUMENTS}, bool need_grad) -> (Tensor loss, Tensor grad)"
+
+
+@opaque_op(f"{_NAME}_reference", _SCHEMA, _fake)
 def _reference(
     logits: Tensor,
     labels: Tensor,
@@ -307,9 +308,10 @@ def _fake_backward(grad: Tensor, logits: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(logits)
 
 
-@reference_op(
-    f"{_NAME}_reference_backward", f"(Tensor grad, Tensor logits, {_ARGUMENTS}) -> Tensor", _fake_backward
-)
+_BACKWARD_SCHEMA = f"(Tensor grad, Tensor logits, {_ARGUMENTS}) -> Tensor"
+
+
+@opaque_op(f"{_NAME}_reference_backward", _BACKWARD_SCHEMA, _fake_backward)
 def _reference_backward(
     grad: Tensor,
     logits: Tensor,
@@ -359,6 +361,12 @@ def _backward_by(recompute: Callable[..., Tensor]) -> Callable[..., tuple[Tensor
 
 
 _reference.register_autograd(_backward_by(_reference_backward), setup_context=_save)
+
+_triton = opaque_op(f"{_NAME}_triton", _SCHEMA, _fake)(triton_body(_NAME, "forward"))
+_triton_backward = opaque_op(f"{_NAME}_triton_backward", _BACKWARD_SCHEMA, _fake_backward)(
+    triton_body(_NAME, "backward")
+)
+_triton.register_autograd(_backward_by(_triton_backward), setup_context=_save)
 
 
 def _fake_cpp_backward(grad: Tensor, logits: Tensor, *rest: Any) -> Tensor:
@@ -453,9 +461,8 @@ register(
     Operator(
         name=_NAME,
         function=rectified_cross_entropy,
-        implementations=(
-            Implementation("cpp", _library.compiled(_NAME), _library.cpu_obstacles(_NAME)),
-            Implementation("reference", _reference, never),
+        implementations=implementations(
+            _NAME, cpp=_library.compiled(_NAME), triton=_triton, reference=_reference
         ),
         samples=_samples,
         cost=_cost,

@@ -32,24 +32,53 @@ _logged: set[tuple[str, str, str, tuple[torch.dtype, ...]]] = set()
 
 
 @dataclass(frozen=True)
+class Found:
+    """What a machine has to run operators with."""
+
+    library: str
+    """Why the compiled library cannot be used; empty where it can."""
+    triton: str
+    """The same of Triton."""
+    driver: str = ""
+    """Why Triton, though it is there, cannot be started on a GPU."""
+    interpreted: bool = False
+    """Whether Triton runs on the CPU, in its interpreter (TRITON_INTERPRET=1)."""
+    cuda_kernels: frozenset[str] = frozenset()
+    """Operators for which the library has CUDA kernels."""
+    cuda_faster: frozenset[str] = frozenset()
+    """Those whose CUDA kernel was measured to be faster than Triton's."""
+
+
+@dataclass(frozen=True)
 class Call:
-    """The properties of a call on which the choice of an implementation depends."""
+    """The properties of a call on which the choice of an implementation depends, and of the machine."""
 
     device: str
     dtypes: tuple[torch.dtype, ...]
+    capability: tuple[int, int] | None = None
+    """Compute capability of a GPU, where it is known."""
+    found: Found | None = None
+    """What there is; None for what this machine has."""
+
+
+def never(call: Call) -> list[str]:
+    """No obstacles: the reference runs everywhere."""
+    return []
 
 
 @dataclass(frozen=True)
 class Implementation:
     """One way to compute an operator.
 
-    `obstacles` gives the reasons why it cannot serve a call, none if it can. It depends on the call and on
-    what was built, never on timing.
+    `obstacles` gives the reasons why it cannot serve a call, none if it can; `reservations`, why "auto"
+    passes over it though it can, such as that another was measured to be faster. Both are functions of the
+    call and of what was found, nothing else.
     """
 
     name: str
     function: Callable[..., Any]
     obstacles: Callable[[Call], list[str]]
+    reservations: Callable[[Call], list[str]] = never
 
 
 PASSES = ("forward", "backward", "both")
@@ -123,22 +152,17 @@ def register(operator: Operator) -> Operator:
     return operator
 
 
-def never(call: Call) -> list[str]:
-    """No obstacles: the reference runs everywhere."""
-    return []
-
-
 def decide(name: str, impl: str | None, call: Call) -> tuple[Implementation, dict[str, list[str]]]:
     """The implementation that serves `call`, and why those before it in the order do not.
 
-    With `impl=None` or "auto" the first without obstacles; otherwise the one named, or a `ValueError` with
-    its obstacles.
+    With `impl=None` or "auto" the first without obstacles and reservations; otherwise the one named, or a
+    `ValueError` with its obstacles.
     """
     passed_over: dict[str, list[str]] = {}
     candidates = OPERATORS[name].implementations
     if impl is None or impl == "auto":
         for candidate in candidates:
-            reasons = candidate.obstacles(call)
+            reasons = candidate.obstacles(call) or candidate.reservations(call)
             if not reasons:
                 return candidate, passed_over
             passed_over[candidate.name] = reasons
@@ -156,13 +180,20 @@ def decide(name: str, impl: str | None, call: Call) -> tuple[Implementation, dic
     raise ValueError(f"{name}: impl={impl!r} does not exist for this operator")
 
 
+@torch.compiler.assume_constant_result
+def capability(device: str, index: int | None) -> tuple[int, int] | None:
+    """Compute capability of a GPU; None for other devices."""
+    return torch.cuda.get_device_capability(index) if device == "cuda" else None
+
+
 def choose(name: str, impl: str | None, *features: Tensor) -> Callable[..., Any]:
     """The function of the implementation that serves these tensors; logs a choice the first time it is made.
 
     Raises `NotImplementedError`, as torch's own operators do, for inputs with a forward-mode tangent: torch
     lets custom operators define backward only, and would drop the tangent without a word.
     """
-    call = Call(features[0].device.type, tuple(t.dtype for t in features))
+    device = features[0].device
+    call = Call(device.type, tuple(t.dtype for t in features), capability(device.type, device.index))
     chosen, passed_over = decide(name, impl, call)
     if not torch.compiler.is_compiling():
         if OPERATORS[name].differentiable and any(
@@ -180,12 +211,18 @@ def choose(name: str, impl: str | None, *features: Tensor) -> Callable[..., Any]
     return chosen.function
 
 
-def choices_here(device: str, dtype: torch.dtype = torch.float32) -> list[str]:
+def choices(
+    device: str,
+    dtype: torch.dtype = torch.float32,
+    found: Found | None = None,
+    chip: tuple[int, int] | None = None,
+) -> list[str]:
     """A line per operator: the implementation that "auto" takes for tensors of a device, and why not
-    another."""
+    another; on this machine, or on one that has what is `found` and a GPU of that compute capability."""
     lines = []
     for name in sorted(OPERATORS):
-        chosen, passed_over = decide(name, None, Call(device, (dtype,)))
+        call = Call(device, (dtype,), capability(device, None) if found is None else chip, found)
+        chosen, passed_over = decide(name, None, call)
         existing = [implementation.name for implementation in OPERATORS[name].implementations]
         reasons = [f"{other}: {', '.join(why)}" for other, why in passed_over.items()]
         reasons += [

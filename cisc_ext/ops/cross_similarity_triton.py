@@ -1,0 +1,871 @@
+"""`cross_similarity` in Triton: which kernels run, on how many images at a time.
+
+The guide is sorted by class, so that a class is a range of its rows, and packed for tensor cores
+(`_cross_pack_triton`); `_cross_sweep_triton` has the kernels of the forward pass, `_cross_gradient_triton`
+those of the backward pass. 2 C N M operations at the rate of 16-bit products, or a third of it for float32;
+the packed rows are 2 C (N + M) bytes a pair, or twice that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _checks as checks
+from . import _cross_gradient_triton as gradients
+from . import _cross_sweep_triton as sweeps
+from . import _triton
+from ._cross_pack_triton import Form, Ranges, Rows, form, pack, ranges
+from ._tiles import Row, Tile, Tiles
+
+_IN_FLIGHT_BYTES = 2**28
+"""Of the packed rows of several pairs."""
+_WORKSPACE_BYTES = 2**25
+_WAVES = 2
+"""Blocks for each multiprocessor below which the guide is split."""
+_MOST_SPLITS = 16
+_MOST_WINNERS = 16
+"""Winners that a pass of "topk" finds."""
+_COLD = 0.03
+"""Temperature below which exp(1 / temperature) leaves float32's range."""
+_LOG2_E = 1.4426950408889634
+
+
+_REGISTERS = {"maxnreg": 255}
+"""Without it ptxas may spill some registers to run more blocks at a time, which shared memory does not let it
+do; with it, it may unroll loops over channels, and spill for that."""
+
+
+def _tile(query: int, guide: int, warps: int, stages: int, registers: Tile = _REGISTERS) -> Tile:
+    shape = {"BLOCK_QUERY": query, "BLOCK_GUIDE": guide, "num_warps": warps, "num_stages": stages}
+    return {**shape, **registers}
+
+
+def _gradient_tile(rows: int, columns: int, channels: int, warps: int, stages: int) -> Tile:
+    return {
+        "ROWS": rows,
+        "COLUMNS": columns,
+        "OUT": channels,
+        "num_warps": warps,
+        "num_stages": stages,
+        **_REGISTERS,
+    }
+
+
+def _rows(hopper: tuple[Tile, ...], ampere: tuple[Tile, ...], small: tuple[Tile, ...]) -> tuple[Row, ...]:
+    """Tiles for rows of which up to 256, 512 and 1024 bytes are held: of chips with 227 KiB of shared memory,
+    with 99 (8.6 and 8.9), and with 163; only the first hold 1024."""
+    chips = (((9, 0), hopper), ((8, 6), small), ((8, 0), ampere))
+    return tuple(
+        Row(tile, chip, {"row_bytes": size})
+        for chip, tiles in chips
+        for size, tile in zip((256, 512, 1024), tiles, strict=False)
+    )
+
+
+_MAX = Tiles(
+    "cross_similarity.max",
+    _rows(
+        (_tile(128, 128, 8, 3), _tile(128, 128, 8, 2), _tile(64, 64, 4, 2)),
+        (_tile(128, 64, 8, 3, {}), _tile(128, 64, 8, 2)),
+        (_tile(128, 32, 8, 3, {}), _tile(64, 64, 8, 2)),
+    ),
+    (
+        _tile(128, 64, 8, 3),
+        _tile(128, 64, 4, 3),
+        _tile(64, 128, 4, 2),
+        _tile(64, 64, 4, 3),
+        _tile(64, 32, 4, 3),
+    ),
+)
+_SOFTMAX = Tiles(
+    "cross_similarity.softmax",
+    _rows(
+        (_tile(128, 64, 8, 3), _tile(128, 64, 8, 3), _tile(64, 32, 4, 2)),
+        (_tile(128, 32, 8, 2), _tile(128, 32, 8, 2)),
+        (_tile(64, 32, 8, 3), _tile(64, 32, 8, 2)),
+    ),
+    (_tile(128, 128, 8, 2), _tile(64, 64, 4, 3), _tile(64, 32, 4, 3)),
+)
+_TOPK = Tiles(
+    "cross_similarity.topk",
+    _rows(
+        (_tile(64, 64, 4, 2), _tile(64, 64, 4, 2), _tile(64, 32, 4, 2)),
+        (_tile(64, 32, 8, 2), _tile(64, 32, 8, 2)),
+        (_tile(64, 32, 8, 2), _tile(64, 32, 8, 2)),
+    ),
+    (_tile(64, 32, 4, 2), _tile(32, 64, 8, 2), _tile(64, 64, 8, 2)),
+)
+_GRADIENT = Tiles(
+    "cross_similarity.softmax_backward",
+    _rows(
+        (
+            _gradient_tile(64, 32, 128, 8, 2),
+            _gradient_tile(64, 32, 128, 8, 2),
+            _gradient_tile(32, 32, 128, 8, 1),
+        ),
+        (_gradient_tile(32, 32, 128, 8, 2), _gradient_tile(32, 32, 128, 8, 2)),
+        (_gradient_tile(32, 32, 128, 8, 2), _gradient_tile(32, 32, 128, 8, 2)),
+    ),
+    (_gradient_tile(32, 32, 64, 8, 2), _gradient_tile(32, 32, 64, 4, 2), _gradient_tile(32, 16, 64, 4, 2)),
+)
+
+
+def _source(rows: Rows, block: int, made: Form) -> Any:
+    """Packed rows as the kernels read their tiles: by a descriptor where the chip copies tiles itself."""
+    matrix = rows.packed.flatten(0, 1)
+    if _triton.capability(matrix.device) < (9, 0):
+        return matrix
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(matrix, [block, made.chunk])
+
+
+def _constants(made: Form, device: torch.device) -> dict[str, Any]:
+    return {**made.constants(), "DESCRIPTOR": _triton.capability(device) >= (9, 0)}
+
+
+def _row_bytes(made: Form) -> int:
+    return made.chunk * made.dtype.itemsize * (2 if made.split else 1)
+
+
+def _groups(query: Tensor, guide: Tensor, made: Form) -> Iterator[slice]:
+    """Images whose packed rows are held at once."""
+    batch = query.shape[0]
+    pixels = query.shape[2] * query.shape[3] + guide.shape[2] * guide.shape[3]
+    step = max(1, _IN_FLIGHT_BYTES // max(1, pixels * made.width * made.dtype.itemsize))
+    return (slice(first, min(first + step, batch)) for first in range(0, batch, step))
+
+
+def _part(tensor: Tensor | None, images: slice) -> Tensor | None:
+    return None if tensor is None else tensor[images]
+
+
+def forward(
+    query: Tensor,  # [B,C,h,w]
+    guide: Tensor,  # [B,C,h',w']
+    guide_labels: Tensor,  # [B,H,W]
+    classes: Tensor | None,  # [B,S]
+    query_labels: Tensor | None,  # [B,H,W]
+    reduction: str,
+    k: int,
+    temperature: float,
+    ignore_index: int,
+    eps: float,
+    return_index: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Similarity [B,S,h,w], index [B,S,h,w] or [0], and what backward needs of "topk" and "softmax"."""
+    invalid = None if classes is None else checks.class_values("cross_similarity", classes)
+    batch, _, h, w = query.shape
+    pixels = guide.shape[2] * guide.shape[3]
+    shape = (batch, 1 if classes is None else classes.shape[1], h, w)
+    similarity = torch.zeros(shape, dtype=torch.float32, device=query.device)
+    indexed = return_index or reduction == "max"
+    index = torch.full(shape if indexed else (0,), -1, dtype=torch.int64, device=query.device)
+    saved = similarity.new_empty(0)
+    if reduction == "topk":
+        saved = index.new_full((*shape, max(1, min(k, pixels))), -1)
+    elif reduction == "softmax":
+        saved = torch.full_like(similarity, -torch.inf)
+    if similarity.numel() == 0 or pixels == 0:
+        return similarity, index, saved
+    made = form(query, guide)
+    for images in _groups(query, guide, made):
+        found = ranges(
+            query[images],
+            guide[images],
+            guide_labels[images],
+            _part(classes, images),
+            _part(query_labels, images),
+            ignore_index,
+        )
+        sides = (
+            pack(query[images], found.query_order, made, eps),
+            pack(guide[images], found.guide_order, made, eps),
+        )
+        here = similarity[images]
+        if reduction == "topk":
+            _topk(made, *sides, found, here, index[images] if indexed else None, saved[images])
+        elif reduction == "softmax":
+            _softmax(made, *sides, found, temperature, here, saved[images])
+        elif reduction == "mean":
+            _mean(made, *sides, found, _few_labels(guide_labels), here)
+        if indexed and reduction != "topk":
+            _max(made, *sides, found, here if reduction == "max" else None, index[images])
+    return checks.poison(similarity, invalid), index, saved
+
+
+def _splits(programs: int, guide_pixels: int, block: int, device: torch.device) -> int:
+    """How many parts of the guide are gone through side by side, for few query tiles."""
+    wanted = -(-_WAVES * _triton.multiprocessors(device) // max(1, programs))
+    return max(1, min(wanted, _MOST_SPLITS, guide_pixels // (4 * block)))
+
+
+def _slot_groups(slots: int, bytes_each: int) -> Iterator[slice]:
+    step = max(1, _WORKSPACE_BYTES // max(1, bytes_each))
+    return (slice(first, min(first + step, slots)) for first in range(0, slots, step))
+
+
+def _slots(found: Ranges, slots: slice) -> tuple[Tensor, Tensor]:
+    """Bounds of some slots; in own-label mode there is one."""
+    if found.own:
+        return found.start, found.stop
+    return found.start[:, slots].contiguous(), found.stop[:, slots].contiguous()
+
+
+def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
+    """An argument that a kernel does not read where there is no tensor."""
+    return other if tensor is None else tensor
+
+
+def _max(
+    made: Form,
+    query: Rows,
+    guide: Rows,
+    found: Ranges,
+    # outputs
+    similarity: Tensor | None,  # [B,S,h,w]
+    index: Tensor,  # [B,S,h,w]
+) -> None:
+    batch, slots = index.shape[:2]
+    device = index.device
+    flat = index.flatten(2)
+    bad = torch.zeros(batch, guide.pixels + 1, dtype=torch.int32, device=device)
+    torch.cumsum(guide.scale.isnan(), 1, dtype=torch.int32, out=bad[:, 1:])
+    for part in _slot_groups(slots, 8 * batch * query.pixels):
+        count = part.stop - part.start
+        start, stop = _slots(found, part)
+
+        def launch(
+            tile: Tile, count: int = count, part: slice = part, start: Tensor = start, stop: Tensor = stop
+        ) -> None:
+            tiles = -(-query.pixels // tile["BLOCK_QUERY"])
+            splits = _splits(tiles * count * batch, guide.pixels, tile["BLOCK_GUIDE"], device)
+            value = torch.empty(splits, batch, count, query.pixels, dtype=torch.float32, device=device)
+            code = torch.empty_like(value, dtype=torch.int32)
+            common = {"LANES": sweeps.LANES, "OWN": found.own}
+            _triton.launch(
+                sweeps.sweep_max,
+                tiles * splits * count * batch,
+                query.packed,
+                _source(guide, tile["BLOCK_GUIDE"], made),
+                guide.scale,
+                start,
+                stop,
+                found.query_end,
+                query.pixels,
+                guide.pixels,
+                batch,
+                count,
+                tiles,
+                splits,
+                value,
+                code,
+                **_constants(made, device),
+                **common,
+                **tile,
+            )
+            blocks = -(-query.pixels // _RESOLVED_ROWS)
+            _triton.launch(
+                sweeps.resolve,
+                blocks * count * batch,
+                query.packed,
+                query.scale,
+                _or(query.order, found.guide_order),
+                guide.packed,
+                guide.scale,
+                found.guide_order,
+                start,
+                stop,
+                bad,
+                value,
+                code,
+                query.pixels,
+                guide.pixels,
+                batch,
+                count,
+                blocks,
+                splits,
+                flat.stride(0),
+                flat.stride(1),
+                value if similarity is None else similarity.flatten(2)[:, part],
+                flat[:, part],
+                **common,
+                ROWS=_RESOLVED_ROWS,
+                BLOCK_GUIDE=tile["BLOCK_GUIDE"],
+                VALUES=similarity is not None,
+                CHUNK=min(_CHANNELS, made.padded),
+                PADDED=made.padded,
+                SPLIT=made.split,
+                num_warps=8,
+                maxnreg=128,
+            )
+
+        shape = {"row_bytes": _row_bytes(made)}
+        _MAX.run(launch, _triton.capability(device), device, shape)
+
+
+_RESOLVED_ROWS = 8
+_CHANNELS = 64
+
+
+def _softmax(
+    made: Form,
+    query: Rows,
+    guide: Rows,
+    found: Ranges,
+    temperature: float,
+    # outputs
+    similarity: Tensor,  # [B,S,h,w]
+    log_total: Tensor,  # [B,S,h,w]
+) -> None:
+    batch, slots = similarity.shape[:2]
+    device = similarity.device
+
+    def launch(tile: Tile) -> None:
+        tiles = -(-query.pixels // tile["BLOCK_QUERY"])
+        splits = _splits(tiles * slots * batch, guide.pixels, tile["BLOCK_GUIDE"], device)
+        parts = torch.empty(3, splits, batch, slots, query.pixels, dtype=torch.float32, device=device)
+        _triton.launch(
+            sweeps.sweep_softmax,
+            tiles * splits * slots * batch,
+            query.packed,
+            query.scale,
+            _source(guide, tile["BLOCK_GUIDE"], made),
+            guide.scale,
+            found.start,
+            found.stop,
+            found.query_end,
+            query.pixels,
+            guide.pixels,
+            batch,
+            slots,
+            tiles,
+            splits,
+            _LOG2_E / temperature,
+            *parts.unbind(),
+            LANES=sweeps.LANES,
+            OWN=found.own,
+            ONLINE=temperature < _COLD,
+            **_constants(made, device),
+            **tile,
+        )
+        rows = batch * slots * query.pixels
+        _triton.launch(
+            sweeps.combine_softmax,
+            -(-rows // _COMBINED),
+            _or(query.order, found.guide_order),
+            *parts.unbind(),
+            query.pixels,
+            rows,
+            slots,
+            splits,
+            similarity,
+            log_total,
+            BLOCK=_COMBINED,
+            OWN=found.own,
+            num_warps=4,
+        )
+
+    _SOFTMAX.run(launch, _triton.capability(device), device, {"row_bytes": _row_bytes(made)})
+
+
+_COMBINED = 256
+
+
+def _topk(
+    made: Form,
+    query: Rows,
+    guide: Rows,
+    found: Ranges,
+    # outputs
+    similarity: Tensor,  # [B,S,h,w]
+    index: Tensor | None,  # [B,S,h,w]
+    saved: Tensor,  # [B,S,h,w,k]
+) -> None:
+    batch, slots = similarity.shape[:2]
+    device, winners = similarity.device, saved.shape[-1]
+    flat = similarity.flatten(2)
+    most = min(_MOST_WINNERS, max(2, _triton.next_power_of_2(winners)))
+
+    def launch(tile: Tile) -> None:
+        tiles = -(-query.pixels // tile["BLOCK_QUERY"])
+        # Each pass reads what the one before wrote.
+        states = torch.empty(2, 4, batch, slots, query.pixels, dtype=torch.float32, device=device)
+        for number, before in enumerate(range(0, winners, most)):
+            _triton.launch(
+                sweeps.sweep_topk,
+                tiles * slots * batch,
+                query.packed,
+                query.scale,
+                _or(query.order, found.guide_order),
+                _source(guide, tile["BLOCK_GUIDE"], made),
+                guide.scale,
+                found.guide_order,
+                found.start,
+                found.stop,
+                found.query_end,
+                states[(number + 1) % 2],
+                query.pixels,
+                guide.pixels,
+                batch,
+                slots,
+                tiles,
+                flat.stride(0),
+                flat.stride(1),
+                min(most, winners - before),
+                before,
+                winners,
+                states[number % 2],
+                similarity,
+                _or(index, saved),
+                saved,
+                WINNERS=most,
+                BOUNDED=before > 0,
+                INDEXED=index is not None and before == 0,
+                OWN=found.own,
+                **_constants(made, device),
+                **tile,
+            )
+
+    _TOPK.run(launch, _triton.capability(device), device, {"row_bytes": _row_bytes(made)})
+
+
+def _few_labels(labels: Tensor) -> int | None:
+    """How many different labels there can be, where the dtype tells."""
+    return 256 if labels.dtype == torch.uint8 else None
+
+
+class _Means:
+    """Means of the guide's unit vectors, and which of them each query row is compared with."""
+
+    def __init__(self, made: Form, guide: Rows, found: Ranges, labels: int | None, slots: int) -> None:
+        self.found = found
+        if found.own:
+            self.starts, self.stops, rank = _runs(found.guide_end, labels)
+            paired = found.start < found.stop
+            first = found.start.clamp(max=guide.pixels - 1).to(torch.int64)
+            self.idx = torch.where(paired, rank.gather(1, first), -1)[:, None]  # [B,1,n]
+        else:
+            self.starts, self.stops = found.start, found.stop
+            one = torch.arange(slots, device=guide.scale.device).expand_as(found.start)
+            self.idx = torch.where(found.start < found.stop, one, -1)[:, :, None]  # [B,S,1]
+        self.counts = (self.stops - self.starts).to(torch.float32)
+        ones = torch.ones_like(guide.scale)
+        self.means = _segment_means(made, guide, ones, self.starts, self.stops, self.counts)
+
+    def strides(self) -> tuple[int, int, int]:
+        """Of `idx`, for a kernel that goes through all rows."""
+        stride_b, stride_s, stride_n = self.idx.stride()
+        return stride_b, stride_s, stride_n if self.found.own else 0
+
+
+def _runs(ends: Tensor, labels: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Start and stop of each run of sorted rows [B,T], and the number of the run of each row [B,n]."""
+    begins = torch.ones_like(ends, dtype=torch.int64)
+    begins[:, 1:] = ends[:, 1:] != ends[:, :-1]
+    rank = begins.cumsum(1) - 1
+    most = min(ends.shape[1], labels or ends.shape[1])
+    numbers = torch.arange(most, device=ends.device).expand(ends.shape[0], -1).contiguous()
+    starts = torch.searchsorted(rank, numbers).to(torch.int32)
+    stops = torch.searchsorted(rank, numbers, right=True).to(torch.int32)
+    return starts, stops, rank
+
+
+def _segment_means(
+    made: Form, rows: Rows, share: Tensor, starts: Tensor, stops: Tensor, divisor: Tensor
+) -> Tensor:  # [B,T,C]
+    """Sum of share times unit vector over ranges of rows, divided."""
+    batch, targets = starts.shape
+    channels, device = rows.image.shape[1], share.device
+    chunks = -(-rows.pixels // gradients.ENTRIES)
+    totals = torch.empty(batch, chunks, channels, dtype=torch.float32, device=device)
+    means = torch.empty(batch, targets, channels, dtype=torch.float32, device=device)
+    if channels == 0:
+        return means
+    chunk = min(_CHANNELS, made.padded)
+    slices = -(-channels // chunk)
+    shape = {"ENTRIES": gradients.ENTRIES, "CHUNK": chunk, "PADDED": made.padded, "SPLIT": made.split}
+    _triton.launch(
+        gradients.chunk_totals,
+        batch * chunks * slices,
+        rows.packed,
+        rows.scale,
+        share,
+        share,
+        share,
+        rows.pixels,
+        rows.pixels,
+        1,
+        channels,
+        chunks,
+        slices,
+        totals,
+        LISTED=False,
+        num_warps=4,
+        **shape,
+    )
+    _triton.launch(
+        gradients.segment_means,
+        batch * targets * slices,
+        rows.packed,
+        rows.scale,
+        share,
+        totals,
+        starts,
+        stops,
+        divisor,
+        rows.pixels,
+        targets,
+        channels,
+        chunks,
+        slices,
+        means,
+        UNROLLED=_UNROLLED_MEANS,
+        num_warps=4,
+        **shape,
+    )
+    return means
+
+
+_UNROLLED_MEANS = 32
+
+
+def _mean(
+    made: Form,
+    query: Rows,
+    guide: Rows,
+    found: Ranges,
+    labels: int | None,
+    # outputs
+    similarity: Tensor,  # [B,S,h,w]
+) -> None:
+    batch, slots = similarity.shape[:2]
+    means = _Means(made, guide, found, labels, slots)
+    blocks = -(-query.pixels // _GATHERED_ROWS)
+    _triton.launch(
+        gradients.mean_cosines,
+        batch * slots * blocks,
+        query.packed,
+        query.scale,
+        means.means,
+        means.idx,
+        _or(query.order, found.guide_order),
+        *means.strides(),
+        query.pixels,
+        means.means.shape[1],
+        slots,
+        query.image.shape[1],
+        blocks,
+        similarity,
+        ROWS=_GATHERED_ROWS,
+        CHUNK=min(_CHANNELS, made.padded),
+        PADDED=made.padded,
+        SPLIT=made.split,
+        ORDERED=found.own,
+        num_warps=4,
+    )
+
+
+_GATHERED_ROWS = 16
+
+
+def backward(
+    grad: Tensor,  # [B,S,h,w]
+    similarity: Tensor,  # [B,S,h,w]
+    index: Tensor,  # [B,S,h,w]
+    saved: Tensor,
+    query: Tensor,
+    guide: Tensor,
+    guide_labels: Tensor,
+    classes: Tensor | None,
+    query_labels: Tensor | None,
+    reduction: str,
+    k: int,
+    temperature: float,
+    ignore_index: int,
+    eps: float,
+    need_query: bool,
+    need_guide: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients like query and guide, or [0] where not needed."""
+    grad_query = torch.empty_like(query) if need_query else query.new_empty(0)
+    grad_guide = torch.empty_like(guide) if need_guide else guide.new_empty(0)
+    slots = grad.shape[1]
+    if 0 in (grad.numel(), guide.numel(), slots):
+        return grad_query.zero_(), grad_guide.zero_()
+    made = form(query, guide)
+    grad = grad.to(torch.float32).contiguous()
+    for images in _groups(query, guide, made):
+        outputs = (grad_query[images] if need_query else None, grad_guide[images] if need_guide else None)
+        if reduction in ("max", "topk"):
+            winners = index[images][..., None] if reduction == "max" else saved[images]
+            sides = (pack(query[images], None, made, eps), pack(guide[images], None, made, eps))
+            _winners_backward(made, *sides, grad[images].flatten(2), winners.flatten(2, 3), *outputs)
+            continue
+        found = ranges(
+            query[images],
+            guide[images],
+            guide_labels[images],
+            _part(classes, images),
+            _part(query_labels, images),
+            ignore_index,
+        )
+        sides = (
+            pack(query[images], found.query_order, made, eps),
+            pack(guide[images], found.guide_order, made, eps),
+        )
+        if reduction == "softmax":
+            state = (grad[images], similarity[images].contiguous(), saved[images].contiguous())
+            for there, output in enumerate(outputs):
+                if output is not None:
+                    _softmax_backward(made, *sides, found, temperature, bool(there), *state, output)
+        else:
+            few = (_few_labels(guide_labels), None if query_labels is None else _few_labels(query_labels))
+            _mean_backward(made, *sides, found, few, grad[images].flatten(2), *outputs)
+    return grad_query, grad_guide
+
+
+def _gather(
+    made: Form,
+    table: Rows | Tensor,
+    idx: Tensor,  # [B,S,n*k] int64, or expanded to it
+    weight: Tensor,  # [B,S,n] float32, or expanded to it
+    winners: int,
+    own: Rows,
+    output: Tensor,  # [B,C,h,w]
+) -> None:
+    """Gradient to each pixel of `own`: its rows of a table, weighted."""
+    batch, channels = output.shape[:2]
+    blocks = -(-own.pixels // _GATHERED_ROWS)
+    packed = isinstance(table, Rows)
+    values = table.packed if isinstance(table, Rows) else table
+    _triton.launch(
+        gradients.gather_gradients,
+        batch * blocks,
+        values,
+        table.scale if isinstance(table, Rows) else own.scale,
+        idx,
+        weight,
+        own.packed,
+        own.scale,
+        own.inverse,
+        _or(own.order, idx),
+        idx.stride(0),
+        idx.stride(1),
+        idx.stride(2) * winners,
+        *weight.stride(),
+        *output.stride(),
+        output.shape[3],
+        own.pixels,
+        values.shape[1],
+        idx.shape[1],
+        winners,
+        channels,
+        blocks,
+        output,
+        ROWS=_GATHERED_ROWS,
+        CHUNK=made.chunk,
+        PADDED=made.padded,
+        SPLIT=made.split,
+        PACKED=packed,
+        ORDERED=own.order is not None,
+        num_warps=4,
+    )
+
+
+def _winners_backward(
+    made: Form,
+    query: Rows,
+    guide: Rows,
+    grad: Tensor,  # [B,S,n]
+    winners: Tensor,  # [B,S,n,k] or, flattened, [B,S,n*k]
+    # outputs
+    grad_query: Tensor | None,
+    grad_guide: Tensor | None,
+) -> None:
+    batch, slots, pixels = grad.shape
+    winners = winners.reshape(batch, slots, pixels, -1)
+    k = winners.shape[3]
+    share = grad
+    if k > 1:
+        share = grad / (winners >= 0).sum(3).clamp_(min=1)
+    winners = winners.flatten(2)
+    if grad_query is not None:
+        _gather(made, guide, winners, share, k, query, grad_query)
+    if grad_guide is None:
+        return
+    # Of an image, sorted by winner; those without one come last.
+    keys = torch.where(winners < 0, guide.pixels, winners).to(torch.int32).flatten(1)
+    keys, perm = keys.sort(dim=1, stable=True)
+    targets = torch.arange(guide.pixels + 1, dtype=torch.int32, device=keys.device)
+    bounds = torch.searchsorted(keys, targets.expand(batch, -1).contiguous())
+    entries = keys.shape[1]
+    chunks = -(-entries // gradients.ENTRIES)
+    channels = guide.image.shape[1]
+    totals = torch.empty(batch, chunks, channels, dtype=torch.float32, device=keys.device)
+    chunk = min(_CHANNELS, made.padded)
+    slices = -(-channels // chunk)
+    _triton.launch(
+        gradients.chunk_totals,
+        batch * chunks * slices,
+        query.packed,
+        query.scale,
+        keys,
+        perm,
+        share,
+        pixels,
+        entries,
+        k,
+        channels,
+        chunks,
+        slices,
+        totals,
+        ENTRIES=gradients.ENTRIES,
+        CHUNK=chunk,
+        PADDED=made.padded,
+        SPLIT=made.split,
+        LISTED=True,
+        num_warps=4,
+    )
+    blocks = -(-guide.pixels // _GATHERED_ROWS)
+    _triton.launch(
+        gradients.segment_gradients,
+        batch * blocks,
+        query.packed,
+        query.scale,
+        perm,
+        share,
+        totals,
+        bounds,
+        guide.packed,
+        guide.scale,
+        guide.inverse,
+        *grad_guide.stride(),
+        grad_guide.shape[3],
+        pixels,
+        guide.pixels,
+        entries,
+        k,
+        channels,
+        chunks,
+        blocks,
+        grad_guide,
+        ROWS=_GATHERED_ROWS,
+        UNROLLED=_UNROLLED,
+        ENTRIES=gradients.ENTRIES,
+        CHUNK=made.chunk,
+        PADDED=made.padded,
+        SPLIT=made.split,
+        num_warps=8,
+    )
+
+
+_UNROLLED = 2
+
+
+def _softmax_backward(
+    made: Form,
+    query: Rows,
+    guide: Rows,
+    found: Ranges,
+    temperature: float,
+    to_guide: bool,
+    grad: Tensor,  # [B,S,h,w]
+    similarity: Tensor,
+    log_total: Tensor,
+    # outputs
+    output: Tensor,
+) -> None:
+    here, there = (guide, query) if to_guide else (query, guide)
+    starts, stops, ends = found.start, found.stop, found.query_end
+    if to_guide and found.own:
+        starts, stops, ends = found.back_start, found.back_stop, found.guide_end
+    batch, slots = grad.shape[:2]
+    device = grad.device
+
+    def launch(tile: Tile) -> None:
+        tiles = -(-here.pixels // tile["ROWS"])
+        out = math.gcd(made.padded, tile["OUT"])
+        _triton.launch(
+            gradients.sweep_gradient,
+            batch * tiles * (made.padded // out),
+            here.packed,
+            here.scale,
+            here.inverse,
+            _or(here.order, found.guide_order),
+            _source(there, tile["COLUMNS"], made),
+            there.packed,
+            there.scale,
+            _or(there.order, found.guide_order),
+            starts,
+            stops,
+            ends,
+            grad,
+            similarity,
+            log_total,
+            *output.stride(),
+            output.shape[3],
+            here.pixels,
+            there.pixels,
+            batch,
+            slots,
+            tiles,
+            output.shape[1],
+            temperature,
+            output,
+            TO_GUIDE=to_guide,
+            OWN=found.own,
+            ORDERED=here.order is not None,
+            PRECISION=made.precision,
+            **_constants(made, device),
+            **{**tile, "OUT": out},
+        )
+
+    _GRADIENT.run(launch, _triton.capability(device), device, {"row_bytes": _row_bytes(made)})
+
+
+def _mean_backward(
+    made: Form,
+    query: Rows,
+    guide: Rows,
+    found: Ranges,
+    labels: tuple[int | None, int | None],  # how many the guide and the query can have
+    grad: Tensor,  # [B,S,n]
+    # outputs
+    grad_query: Tensor | None,
+    grad_guide: Tensor | None,
+) -> None:
+    slots, pixels = grad.shape[1:]
+    means = _Means(made, guide, found, labels[0], slots)
+    if found.query_order is not None:
+        grad = grad.gather(2, found.query_order[:, None])
+    if grad_query is not None:
+        idx = means.idx.expand(-1, -1, pixels)
+        _gather(made, means.means, idx, grad, 1, query, grad_query)
+    if grad_guide is None:
+        return
+    if found.own:
+        starts, stops, rank = _runs(found.query_end, labels[1])
+        back = _segment_means(
+            made, query, grad[:, 0], starts, stops, torch.ones_like(starts, dtype=torch.float32)
+        )
+        first = found.back_start.clamp(max=pixels - 1).to(torch.int64)
+        idx = torch.where(found.back_start < found.back_stop, rank.gather(1, first), -1)[:, None]
+        _, _, guide_rank = _runs(found.guide_end, labels[0])
+        weight = (1 / means.counts.clamp(min=1)).gather(1, guide_rank)[:, None]
+    else:
+        start, stop = (torch.full_like(found.start[:, :1], end) for end in (0, pixels))
+        one = torch.ones_like(start, dtype=torch.float32)
+        sums = [_segment_means(made, query, grad[:, s].contiguous(), start, stop, one) for s in range(slots)]
+        back = torch.cat(sums, 1)
+        row = torch.arange(guide.pixels, device=grad.device)
+        member = (row >= found.start[..., None]) & (row < found.stop[..., None])
+        slot = torch.arange(slots, device=grad.device)[:, None]
+        idx = torch.where(member, slot, -1)
+        weight = (1 / means.counts.clamp(min=1))[..., None].expand(-1, -1, guide.pixels)
+    _gather(made, back, idx, weight, 1, guide, grad_guide)
