@@ -19,8 +19,36 @@ GOLDEN = Path(__file__).parent / "golden"
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+INTERPRETED = {
+    "test_implementation",
+    "test_float32",
+    "test_more_winners_than_pixels",
+    "test_no_channels",
+    "test_no_pixel_of_the_class",
+    "test_one_query_pixel_that_is_not_finite",
+    "test_temperatures",
+    "test_topk_takes_the_first_of_equal_pixels",
+    "test_zero_vectors",
+}
+"""Tests of any implementation that Triton's interpreter ends in seconds; the others run it on a GPU."""
+TOO_LONG = "long in Triton's interpreter: a GPU runs it, or CISC_INTERPRET_ALL=1"
+
+
+def _interprets(item: pytest.Item) -> bool:
+    """Whether a test runs a Triton kernel on the CPU."""
+    given = getattr(getattr(item, "callspec", None), "params", {})
+    implementation = getattr(given.get("implementation"), "name", given.get("impl"))
+    return implementation == "triton" and given.get("device", "cpu") == "cpu"
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With CISC_TESTS_SHARD=I/N the I-th of N parts; tests of the same case stay together."""
+    """Leave out what the interpreter takes minutes for; with CISC_TESTS_SHARD=I/N, all but the I-th of N
+    parts, in which tests of the same case stay together."""
+    if os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get("CISC_INTERPRET_ALL") != "1":
+        for item in items:
+            name = getattr(item, "originalname", item.name)
+            if _interprets(item) and name not in INTERPRETED:
+                item.add_marker(pytest.mark.skip(reason=TOO_LONG))
     if not os.environ.get("CISC_TESTS_SHARD"):
         return
     shard, count = map(int, os.environ["CISC_TESTS_SHARD"].split("/"))

@@ -74,7 +74,7 @@ def test_cross_similarity(
         "reduction": reduction,
         "k": 5,
         "return_index": True,
-        "temperature": 0.02 if own else 0.1,  # by a running maximum, and without
+        "temperature": 0.02 if own else 0.1,
     }
     mode = {"query_labels": labels[1]} if own else {"classes": torch.tensor([[2, 0, 7], [1, -1, 1]])}
     _judge("cross_similarity", inputs | mode, device)

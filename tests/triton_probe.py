@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import math
 import re
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,11 +130,13 @@ class Recorder:
 
     launches: dict[tuple[Any, ...], Launch] = field(default_factory=dict)
     rows: dict[str, dict[int, bool]] = field(default_factory=dict)
-    """Of each table of tiles, whether a row was the first that fits."""
+    """Of each table of tiles, whether a row was taken."""
     case: str = ""
     every: bool = False
     """Kinds of integers too, and the tiles that are not the first that fits."""
     candidate: bool = False
+    larger: dict[tuple[str, int], tuple[str, Callable[[], Any]]] = field(default_factory=dict)
+    """Rows for larger sizes, with a case that fits them too and its launches."""
 
     def __call__(self, kernel: Any, programs: int, arguments: Arguments, constants: Constants) -> None:
         launch = Launch(kernel, arguments, constants, self.case, self.candidate)
@@ -155,6 +159,9 @@ class Recorder:
             fitting = table.fitting(capability, shape)
             used = self.rows.setdefault(table.name, dict.fromkeys(range(len(table.rows)), False))
             used[next(i for i, row in enumerate(table.rows) if row.fits(capability, shape))] = True
+            for i, row in enumerate(table.rows):
+                if row.fits(capability, shape) and not _behind(table.rows[:i], row, capability):
+                    self.larger.setdefault((table.name, i), (self.case, partial(launch, row.tile)))
             if self.every:
                 self.candidate = True
                 for tile in [*fitting[1:], *table.candidates]:
@@ -163,6 +170,16 @@ class Recorder:
             return launch(fitting[0])
 
         return run
+
+
+def _behind(rows: Sequence[_tiles.Row], row: _tiles.Row, capability: tuple[int, int]) -> bool:
+    """Whether a row is never taken on a chip, since one in front of it fits whatever it fits."""
+
+    def wider(other: _tiles.Row) -> bool:
+        least = row.at_most or {}
+        return all(limit >= least.get(key, math.inf) for key, limit in (other.at_most or {}).items())
+
+    return any(capability >= other.capability and wider(other) for other in rows)
 
 
 def _without_memory(value: Any) -> Any:
@@ -252,6 +269,11 @@ def record(names: Sequence[str], chip: int, every: bool) -> Recorder:
                     result = operator.function(**changed, impl="triton")
                     value = result[0] if isinstance(result, tuple) else result
                     value.backward(torch.empty_like(value))
+    for (table, i), (case, launch) in recorder.larger.items():
+        if not recorder.rows[table][i]:
+            recorder.case = f"{case}, tile of a larger size"
+            launch()
+            recorder.rows[table][i] = True
     return recorder
 
 

@@ -475,7 +475,7 @@ def _scan_slopes(  # type: ignore[no-untyped-def]
         column = first + tl.arange(0, COLUMNS)
         inside = column < stop
         size = tl.load(there_scale + b * there_pixels + column, mask=inside, other=0.0)
-        cosine = product * size[None, :] * here_size[:, None]
+        cosine = product * (size[None, :] * here_size[:, None])
         if TO_GUIDE:
             pixel = column.to(tl.int64)
             if OWN:
@@ -486,8 +486,8 @@ def _scan_slopes(  # type: ignore[no-untyped-def]
         else:
             by, value, log = row_grad, row_value, row_log
         # d value / d cosine = p (1 + (cosine - value) / temperature)
-        probability = tl.exp(cosine / temperature - log)
-        slope = by * probability * (1.0 + (cosine - value) / temperature)
+        lift = (cosine - value) / temperature
+        slope = by * tl.exp(lift - log) * (1.0 + lift)
         compared = rows_in[:, None] & inside[None, :]
         along += tl.sum(tl.where(compared, slope * cosine, 0.0), 1)
         slope = tl.where(compared, slope, 0.0)

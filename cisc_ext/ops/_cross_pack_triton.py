@@ -1,10 +1,10 @@
 """Operands of `cross_similarity` for tensor cores: rows of 16-bit numbers, in the order of their class.
 
-A pixel's vector becomes a row of which a multiple is its unit vector. If both images are of one 16-bit dtype,
-the row is the vector times a power of two: nothing is rounded, and a product of rows is as exact as in
-float32. Else it is the unit vector times 256 in float16: once where torch.get_float32_matmul_precision()
-allows less than float32, otherwise twice, rounded and what rounding took away, of which three products make
-one as exact as in float32. Vectors that are not finite become rows of zeros, with a scale of NaN.
+A pixel's vector becomes a row: the vector times a power of two that brings its largest component to
+[256,512). If both images are of one 16-bit dtype, nothing is rounded, and a product of rows is as exact as in
+float32; others are rounded to float16 where torch.get_float32_matmul_precision() allows it. Else the row is the
+unit vector times 256, twice in float16: rounded, and what rounding took away, of which three products make one
+as exact as in float32. Vectors that are not finite become rows of zeros, with a scale of NaN.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ class Form(NamedTuple):
     """How vectors become rows."""
 
     dtype: torch.dtype
-    raw: bool  # the vector times a power of two, else its unit vector times 256
     split: bool  # followed by what rounding took away
     padded: int  # channels, with zeros behind the true ones
     chunk: int  # channels that are multiplied at a time
@@ -58,15 +57,16 @@ class Form(NamedTuple):
 def form(query: Tensor, guide: Tensor) -> Form:
     """The form for two images."""
     channels = query.shape[1]
-    raw = query.dtype == guide.dtype != torch.float32
-    split = not raw and torch.get_float32_matmul_precision() == "highest"
+    alike = query.dtype == guide.dtype != torch.float32
+    split = not alike and torch.get_float32_matmul_precision() == "highest"
     # Before Hopper, products take the tile that stays from registers: twice the rows are too many.
     whole = channels <= _RESIDENT and (not split or _triton.capability(query.device) >= (9, 0))
     padded = max(16, _triton.next_power_of_2(channels))
     if channels > _RESIDENT:
         padded = -(-channels // _CHUNK) * _CHUNK
-    dtype = query.dtype if raw else torch.float16
-    return Form(dtype, raw, split, padded, padded if whole else min(padded, _CHUNK))
+    return Form(
+        query.dtype if alike else torch.float16, split, padded, padded if whole else min(padded, _CHUNK)
+    )
 
 
 class Rows(NamedTuple):
@@ -169,7 +169,6 @@ def pack_rows(  # type: ignore[no-untyped-def]
     CHUNK: tl.constexpr,
     PADDED: tl.constexpr,
     ORDERED: tl.constexpr,
-    RAW: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
     program = tl.program_id(0)
@@ -192,22 +191,23 @@ def pack_rows(  # type: ignore[no-untyped-def]
     # The power of two that brings the largest component to [1,2): no square overflows or vanishes.
     exponent = (largest.to(tl.int32, bitcast=True) >> 23) & 255
     power = (tl.maximum(254 - exponent, 1) << 23).to(tl.float32, bitcast=True)
-    squares = tl.zeros([BLOCK], tl.float32)
+    # In float64: an error of the norm is one of all its cosines.
+    squares = tl.zeros([BLOCK], tl.float64)
     for first in range(0, channels, CHUNK):
         c = (first + channel).to(tl.int64)
         mask = inside[:, None] & (c < channels)[None, :]
         x = tl.load(vector[:, None] + (c * image_stride_c)[None, :], mask=mask, other=0.0).to(tl.float32)
-        x *= power[:, None]
+        x = (x * power[:, None]).to(tl.float64)
         squares += tl.sum(x * x, 1)
     bad = not_finite != not_finite
-    root = tl.sqrt_rn(tl.where(bad, 1.0, squares))
-    zero = (root == 0.0) | (tl.div_rn(root, power) < eps)
+    root = tl.sqrt(tl.where(bad, 1.0, squares))
+    zero = (root == 0.0) | (root / power < eps)
     root = tl.where(zero, 1.0, root)
-    reciprocal = tl.where(zero, 0.0, tl.div_rn(power, root))
-    factor = power * 256.0
-    size = tl.div_rn(0.00390625, root)
-    if not RAW:
-        factor = power * tl.div_rn(256.0, root)
+    reciprocal = tl.where(zero, 0.0, power / root).to(tl.float32)
+    factor = power.to(tl.float64) * 256.0
+    size = (0.00390625 / root).to(tl.float32)
+    if SPLIT:
+        factor = factor / root
         size = tl.full([BLOCK], 0.00390625, tl.float32)
     nan = float("nan")
     tl.store(scale + b * pixels + row, tl.where(bad, nan, tl.where(zero, 0.0, size)), mask=inside)
@@ -219,11 +219,11 @@ def pack_rows(  # type: ignore[no-untyped-def]
         c = (first + channel).to(tl.int64)
         mask = inside[:, None] & (c < channels)[None, :]
         x = tl.load(vector[:, None] + (c * image_stride_c)[None, :], mask=mask, other=0.0).to(tl.float32)
-        x = tl.where(dropped[:, None], 0.0, x * factor[:, None])
-        high = x.to(packed.dtype.element_ty)
+        x = tl.where(dropped[:, None], 0.0, x.to(tl.float64) * factor[:, None])
+        high = x.to(tl.float32).to(packed.dtype.element_ty)
         tl.store(target + c[None, :], high, mask=inside[:, None])
         if SPLIT:
-            low = (x - high.to(tl.float32)).to(packed.dtype.element_ty)
+            low = (x - high.to(tl.float64)).to(tl.float32).to(packed.dtype.element_ty)
             tl.store(target + PADDED + c[None, :], low, mask=inside[:, None])
 
 
@@ -257,7 +257,6 @@ def pack(
         CHUNK=min(_CHUNK, form.padded),
         PADDED=form.padded,
         ORDERED=order is not None,
-        RAW=form.raw,
         SPLIT=form.split,
         num_warps=4,
     )

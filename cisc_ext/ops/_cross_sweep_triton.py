@@ -66,6 +66,9 @@ def products(  # type: ignore[no-untyped-def]
         other = load_tile(there, there_first, 0, there_limit, COLUMNS, CHUNK, WIDTH, DESCRIPTOR)
         if SPLIT:
             rest = load_tile(there, there_first, PADDED, there_limit, COLUMNS, CHUNK, WIDTH, DESCRIPTOR)
+            if PADDED <= 64:
+                # With few channels the smallest products count too: errors average out less.
+                total = dot(low, tl.trans(rest), total, "tf32", WIDEN)
             total = dot(high, tl.trans(rest), total, "tf32", WIDEN)
             total = dot(low, tl.trans(other), total, "tf32", WIDEN)
         total = dot(high, tl.trans(other), total, "tf32", WIDEN)
@@ -145,11 +148,13 @@ def _step_max(  # type: ignore[no-untyped-def]
 ):
     first = start + t * BLOCK_GUIDE
     base = (b * guide_pixels).to(tl.int32)
+    # On their way while the products are made.
+    size = _sizes(guide_scale, b, guide_pixels, first, stop, BLOCK_GUIDE, WHOLE)
     cosine = products(
         query, high, low, query_first, query_limit, guide, base + first, guide_limit,
         BLOCK_QUERY, BLOCK_GUIDE, CHUNK, CHUNKS, SPLIT, DESCRIPTOR, WIDEN,
     )  # fmt: skip
-    cosine *= _sizes(guide_scale, b, guide_pixels, first, stop, BLOCK_GUIDE, WHOLE)[None, :]
+    cosine *= size[None, :]
     if not WHOLE:
         inside = first + tl.arange(0, BLOCK_GUIDE) < stop
         cosine = tl.where(inside[None, :], cosine, float("-inf"))
@@ -387,7 +392,7 @@ def _step_softmax(  # type: ignore[no-untyped-def]
     weighted,
     t,
     rows_in,
-    slope,
+    query_size,
     query,
     high,
     low,
@@ -400,11 +405,10 @@ def _step_softmax(  # type: ignore[no-untyped-def]
     guide_limit,
     start,
     stop,
-    shift,
+    sharpness,
     BLOCK_QUERY: tl.constexpr,
     BLOCK_GUIDE: tl.constexpr,
     LANES: tl.constexpr,
-    ONLINE: tl.constexpr,
     WHOLE: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -414,26 +418,25 @@ def _step_softmax(  # type: ignore[no-untyped-def]
 ):
     first = start + t * BLOCK_GUIDE
     base = (b * guide_pixels).to(tl.int32)
+    size = _sizes(guide_scale, b, guide_pixels, first, stop, BLOCK_GUIDE, WHOLE)
     product = products(
         query, high, low, query_first, query_limit, guide, base + first, guide_limit,
         BLOCK_QUERY, BLOCK_GUIDE, CHUNK, CHUNKS, SPLIT, DESCRIPTOR, WIDEN,
     )  # fmt: skip
-    product *= _sizes(guide_scale, b, guide_pixels, first, stop, BLOCK_GUIDE, WHOLE)[None, :]
-    exponent = product * slope[:, None]
+    # As backward computes it: where one pixel outweighs the others, its cosine is the mean, to the last bit.
+    product *= size[None, :] * query_size[:, None]
+    exponent = product * sharpness
     if not WHOLE:
         inside = first + tl.arange(0, BLOCK_GUIDE) < stop
         exponent = tl.where(inside[None, :], exponent, float("-inf"))
     exponent = tl.reshape(exponent, [BLOCK_QUERY, BLOCK_GUIDE // LANES, LANES])
     product = tl.reshape(product, [BLOCK_QUERY, BLOCK_GUIDE // LANES, LANES])
-    if ONLINE:
-        new = tl.maximum(top, tl.where(rows_in[:, None], tl.max(exponent, 1), float("-inf")))
-        # Nothing yet: any shift will do.
-        safe = tl.where(new == float("-inf"), 0.0, new)
-        old = tl.exp2(top - safe)
-        total, weighted, top = total * old, weighted * old, new
-        weight = tl.exp2(exponent - safe[:, None, :])
-    else:
-        weight = tl.exp2(exponent - shift)
+    new = tl.maximum(top, tl.where(rows_in[:, None], tl.max(exponent, 1), float("-inf")))
+    # Nothing yet: any shift will do.
+    safe = tl.where(new == float("-inf"), 0.0, new)
+    old = tl.exp2(top - safe)
+    total, weighted, top = total * old, weighted * old, new
+    weight = tl.exp2(exponent - safe[:, None, :])
     total += tl.where(rows_in[:, None], tl.sum(weight, 1), 0.0)
     weighted += tl.where(rows_in[:, None], tl.sum(weight * product, 1), 0.0)
     return top, total, weighted
@@ -445,7 +448,7 @@ def _scan_softmax(  # type: ignore[no-untyped-def]
     total,
     weighted,
     rows_in,
-    slope,
+    query_size,
     query,
     high,
     low,
@@ -460,11 +463,10 @@ def _scan_softmax(  # type: ignore[no-untyped-def]
     stop,
     split,
     splits,
-    shift,
+    sharpness,
     BLOCK_QUERY: tl.constexpr,
     BLOCK_GUIDE: tl.constexpr,
     LANES: tl.constexpr,
-    ONLINE: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -475,15 +477,15 @@ def _scan_softmax(  # type: ignore[no-untyped-def]
     whole = _whole(start, stop, end, BLOCK_GUIDE)
     for t in range(begin, whole):
         top, total, weighted = _step_softmax(
-            top, total, weighted, t, rows_in, slope, query, high, low, query_first, query_limit, guide,
-            guide_scale, b, guide_pixels, guide_limit, start, stop, shift,
-            BLOCK_QUERY, BLOCK_GUIDE, LANES, ONLINE, True, CHUNK, CHUNKS, SPLIT, DESCRIPTOR, WIDEN,
+            top, total, weighted, t, rows_in, query_size, query, high, low, query_first, query_limit, guide,
+            guide_scale, b, guide_pixels, guide_limit, start, stop, sharpness,
+            BLOCK_QUERY, BLOCK_GUIDE, LANES, True, CHUNK, CHUNKS, SPLIT, DESCRIPTOR, WIDEN,
         )  # fmt: skip
     if whole < end:
         top, total, weighted = _step_softmax(
-            top, total, weighted, whole, rows_in, slope, query, high, low, query_first, query_limit, guide,
-            guide_scale, b, guide_pixels, guide_limit, start, stop, shift,
-            BLOCK_QUERY, BLOCK_GUIDE, LANES, ONLINE, False, CHUNK, CHUNKS, SPLIT, DESCRIPTOR, WIDEN,
+            top, total, weighted, whole, rows_in, query_size, query, high, low, query_first, query_limit,
+            guide, guide_scale, b, guide_pixels, guide_limit, start, stop, sharpness,
+            BLOCK_QUERY, BLOCK_GUIDE, LANES, False, CHUNK, CHUNKS, SPLIT, DESCRIPTOR, WIDEN,
         )  # fmt: skip
     return top, total, weighted
 
@@ -512,7 +514,6 @@ def sweep_softmax(  # type: ignore[no-untyped-def]
     BLOCK_GUIDE: tl.constexpr,
     LANES: tl.constexpr,
     OWN: tl.constexpr,
-    ONLINE: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -532,7 +533,6 @@ def sweep_softmax(  # type: ignore[no-untyped-def]
     if SPLIT:
         low = load_tile(query, query_first, CHUNK * CHUNKS, query_limit, BLOCK_QUERY, CHUNK, WIDTH, False)
     size = tl.load(query_scale + b * query_pixels + row, mask=inside, other=0.0)
-    slope = size * sharpness
     top = tl.full([BLOCK_QUERY, LANES], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_QUERY, LANES], tl.float32)
     weighted = tl.zeros([BLOCK_QUERY, LANES], tl.float32)
@@ -544,27 +544,25 @@ def sweep_softmax(  # type: ignore[no-untyped-def]
             start = tl.load(starts + b * query_pixels + run)
             stop = tl.load(stops + b * query_pixels + run)
             top, total, weighted = _scan_softmax(
-                top, total, weighted, (row >= run) & (row < end), slope, query, high, low, query_first,
+                top, total, weighted, (row >= run) & (row < end), size, query, high, low, query_first,
                 query_limit, guide, guide_scale, b, guide_pixels, guide_limit, start, stop, split, splits,
-                sharpness, BLOCK_QUERY, BLOCK_GUIDE, LANES, ONLINE, CHUNK, CHUNKS, SPLIT, DESCRIPTOR, WIDEN,
+                sharpness, BLOCK_QUERY, BLOCK_GUIDE, LANES, CHUNK, CHUNKS, SPLIT, DESCRIPTOR, WIDEN,
             )  # fmt: skip
             run = end
     else:
         start, stop = tl.load(starts + b * slots + slot), tl.load(stops + b * slots + slot)
         top, total, weighted = _scan_softmax(
-            top, total, weighted, inside, slope, query, high, low, query_first,
+            top, total, weighted, inside, size, query, high, low, query_first,
             query_limit, guide, guide_scale, b, guide_pixels, guide_limit, start, stop, split, splits,
-            sharpness, BLOCK_QUERY, BLOCK_GUIDE, LANES, ONLINE, CHUNK, CHUNKS, SPLIT, DESCRIPTOR, WIDEN,
+            sharpness, BLOCK_QUERY, BLOCK_GUIDE, LANES, CHUNK, CHUNKS, SPLIT, DESCRIPTOR, WIDEN,
         )  # fmt: skip
-    taken = sharpness + tl.zeros([BLOCK_QUERY], tl.float32)
-    if ONLINE:
-        taken = tl.max(top, 1)
-        old = tl.exp2(top - tl.where(taken == float("-inf"), 0.0, taken)[:, None])
-        total, weighted = total * old, weighted * old
+    taken = tl.max(top, 1)
+    old = tl.exp2(top - tl.where(taken == float("-inf"), 0.0, taken)[:, None])
+    total, weighted = total * old, weighted * old
     out = ((split * images + b) * slots + slot) * query_pixels + row
     tl.store(tops + out, taken, mask=inside)
     tl.store(totals + out, tl.sum(total, 1), mask=inside)
-    tl.store(sums + out, tl.sum(weighted, 1) * size, mask=inside)
+    tl.store(sums + out, tl.sum(weighted, 1), mask=inside)
 
 
 @triton.jit
@@ -577,9 +575,10 @@ def combine_softmax(  # type: ignore[no-untyped-def]
     rows,  # B * S * n
     slots,
     splits,
+    sharpness,  # log2(e) / temperature
     # outputs
     similarity,  # [B,S,n]
-    log_total,  # [B,S,n]: log sum_j exp(cosine_j / temperature), -inf where there is none
+    log_total,  # [B,S,n]: log sum_j exp((cosine_j - similarity) / temperature), -inf where there is none
     BLOCK: tl.constexpr,
     OWN: tl.constexpr,
 ):
@@ -603,7 +602,10 @@ def combine_softmax(  # type: ignore[no-untyped-def]
         out = image * query_pixels + tl.load(query_order + image * query_pixels + row, mask=inside, other=0)
     mean = tl.where(empty, 0.0, tl.div_rn(weighted, tl.where(empty, 1.0, total)))
     tl.store(similarity + out, mean, mask=inside)
-    tl.store(log_total + out, tl.log(total) + safe * 0.6931471805599453, mask=inside)
+    # Around the mean a logarithm is small, and rounded little; float64 keeps its two large parts apart.
+    shift = safe.to(tl.float64) - mean.to(tl.float64) * sharpness
+    log = tl.log(total.to(tl.float64)) + shift * 0.6931471805599453
+    tl.store(log_total + out, log.to(tl.float32), mask=inside)
 
 
 @triton.jit

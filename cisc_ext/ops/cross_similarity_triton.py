@@ -30,8 +30,6 @@ _WAVES = 2
 _MOST_SPLITS = 16
 _MOST_WINNERS = 16
 """Winners that a pass of "topk" finds."""
-_COLD = 0.03
-"""Temperature below which exp(1 / temperature) leaves float32's range."""
 _LOG2_E = 1.4426950408889634
 
 
@@ -350,7 +348,6 @@ def _softmax(
             *parts.unbind(),
             LANES=sweeps.LANES,
             OWN=found.own,
-            ONLINE=temperature < _COLD,
             **_constants(made, device),
             **tile,
         )
@@ -364,6 +361,7 @@ def _softmax(
             rows,
             slots,
             splits,
+            _LOG2_E / temperature,
             similarity,
             log_total,
             BLOCK=_COMBINED,

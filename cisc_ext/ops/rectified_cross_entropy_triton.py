@@ -272,7 +272,7 @@ def _cross_entropy(  # type: ignore[no-untyped-def]
                 _count(histogram + (program % COPIES) * 65536, tl.where(kept, digit, -1))
             else:
                 sums, most, own_logit = _bounded_sums(cells, label, FAR)
-                # Between 2^-64 and 2^64: no term that counts was lost. Of a single class the loss is exactly 0.
+                # Between 2^-64 and 2^64 no term that counts was lost. With one class the loss is exactly 0.
                 fine = (sums > 5.4210109e-20) & (sums < 1.8446744e19)
                 fine = fine | (label < 0) | (label >= num_classes)
                 walk = (at, before, piece, pieces * pieces_y - 1 - piece, n_y - 1 - at)
