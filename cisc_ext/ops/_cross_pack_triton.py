@@ -2,9 +2,9 @@
 
 A pixel's vector becomes a row: the vector times a power of two that brings its largest component to
 [256,512). If both images are of one 16-bit dtype, nothing is rounded, and a product of rows is as exact as in
-float32; others are rounded to float16 where torch.get_float32_matmul_precision() allows it. Else the row is the
-unit vector times 256, twice in float16: rounded, and what rounding took away, of which three products make one
-as exact as in float32. Vectors that are not finite become rows of zeros, with a scale of NaN.
+float32; others are rounded to float16 where torch.get_float32_matmul_precision() allows it. Else the row is
+the unit vector times 256, twice in float16: rounded, and what rounding took away, of which three products
+make one as exact as in float32. Vectors that are not finite become rows of zeros, with a scale of NaN.
 """
 
 from __future__ import annotations

@@ -148,12 +148,14 @@ def _step_max(  # type: ignore[no-untyped-def]
 ):
     first = start + t * BLOCK_GUIDE
     base = (b * guide_pixels).to(tl.int32)
-    # On their way while the products are made.
-    size = _sizes(guide_scale, b, guide_pixels, first, stop, BLOCK_GUIDE, WHOLE)
+    if DESCRIPTOR:  # on their way while the products are made; other chips have no registers left for it
+        size = _sizes(guide_scale, b, guide_pixels, first, stop, BLOCK_GUIDE, WHOLE)
     cosine = products(
         query, high, low, query_first, query_limit, guide, base + first, guide_limit,
         BLOCK_QUERY, BLOCK_GUIDE, CHUNK, CHUNKS, SPLIT, DESCRIPTOR, WIDEN,
     )  # fmt: skip
+    if not DESCRIPTOR:
+        size = _sizes(guide_scale, b, guide_pixels, first, stop, BLOCK_GUIDE, WHOLE)
     cosine *= size[None, :]
     if not WHOLE:
         inside = first + tl.arange(0, BLOCK_GUIDE) < stop
