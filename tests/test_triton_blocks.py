@@ -45,7 +45,7 @@ def tiny_cross(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(host, "_IN_FLIGHT_BYTES", 1)
     monkeypatch.setattr(host, "_WORKSPACE_BYTES", 1)
     monkeypatch.setattr(host, "_MOST_WINNERS", 2)
-    monkeypatch.setattr(host.gradients, "ENTRIES", 16)
+    monkeypatch.setattr(_module("_cross_sums_triton"), "ENTRIES", 16)
     return host
 
 

@@ -1,10 +1,11 @@
 """Operands of `cross_similarity` for tensor cores: rows of 16-bit numbers, in the order of their class.
 
 A pixel's vector becomes a row: the vector times a power of two that brings its largest component to
-[256,512). If both images are of one 16-bit dtype, nothing is rounded, and a product of rows is as exact as in
-float32; others are rounded to float16 where torch.get_float32_matmul_precision() allows it. Else the row is
-the unit vector times 256, twice in float16: rounded, and what rounding took away, of which three products
-make one as exact as in float32. Vectors that are not finite become rows of zeros, with a scale of NaN.
+[256,512). If both images are of one 16-bit dtype, nothing is rounded, and a product of rows is as exact
+as in float32; others are rounded to float16 where torch.get_float32_matmul_precision() allows it. Else
+the row is the unit vector times 256, twice in float16: rounded, and what rounding took away, of which
+three products make one as exact as in float32. Vectors that are not finite become rows of zeros, with a
+scale of NaN.
 """
 
 from __future__ import annotations
@@ -38,6 +39,11 @@ class Form(NamedTuple):
     def width(self) -> int:
         """Numbers in a row."""
         return self.padded * (2 if self.split else 1)
+
+    @property
+    def piece(self) -> int:
+        """Channels that are read at a time where nothing is multiplied."""
+        return min(_CHUNK, self.padded)
 
     def constants(self) -> dict[str, Any]:
         """What every kernel needs to know of it."""
@@ -105,6 +111,11 @@ class Ranges(NamedTuple):
     def own(self) -> bool:
         """Whether in own-label mode."""
         return self.query_order is not None
+
+
+def tensor_or(tensor: Tensor | None, other: Tensor) -> Tensor:
+    """An argument for a kernel, which does not read it where there is no tensor."""
+    return other if tensor is None else tensor
 
 
 def _low(labels: Tensor, image: Tensor) -> Tensor:  # [B,n] int64
@@ -254,7 +265,7 @@ def pack(
         scale,
         inverse,
         BLOCK=_BLOCK,
-        CHUNK=min(_CHUNK, form.padded),
+        CHUNK=form.piece,
         PADDED=form.padded,
         ORDERED=order is not None,
         SPLIT=form.split,

@@ -1,8 +1,7 @@
 """`cross_similarity` in Triton: which kernels run, on how many images at a time.
 
 The guide is sorted by class, so that a class is a range of its rows, and packed for tensor cores
-(`_cross_pack_triton`); `_cross_sweep_triton` has the kernels of the forward pass, `_cross_gradient_triton`
-those of the backward pass. 2 C N M operations at the rate of 16-bit products, or a third of it for float32;
+(`_cross_pack_triton`). 2 C N M operations at the rate of 16-bit products, or a third of it for float32;
 the packed rows are 2 C (N + M) bytes a pair, or twice that.
 """
 
@@ -16,20 +15,33 @@ import torch
 from torch import Tensor
 
 from . import _checks as checks
-from . import _cross_gradient_triton as gradients
-from . import _cross_sweep_triton as sweeps
+from . import _cross_max_triton as by_max
+from . import _cross_softmax_triton as by_softmax
+from . import _cross_topk_triton as by_topk
 from . import _triton
-from ._cross_pack_triton import Form, Ranges, Rows, form, pack, ranges
+from ._cross_means_triton import few_labels, mean, mean_backward
+from ._cross_pack_triton import Form, Ranges, Rows, form, pack, ranges, tensor_or
+from ._cross_winners_triton import winners_backward
 from ._tiles import Row, Tile, Tiles
 
 _IN_FLIGHT_BYTES = 2**28
 """Of the packed rows of several pairs."""
+
+
 _WORKSPACE_BYTES = 2**25
+
+
 _WAVES = 2
 """Blocks for each multiprocessor below which the guide is split."""
+
+
 _MOST_SPLITS = 16
+
+
 _MOST_WINNERS = 16
 """Winners that a pass of "topk" finds."""
+_RESOLVED_ROWS = 8
+_COMBINED = 256
 _LOG2_E = 1.4426950408889634
 
 
@@ -80,6 +92,8 @@ _MAX = Tiles(
         _tile(64, 32, 4, 3),
     ),
 )
+
+
 _SOFTMAX = Tiles(
     "cross_similarity.softmax",
     _rows(
@@ -89,6 +103,8 @@ _SOFTMAX = Tiles(
     ),
     (_tile(128, 128, 8, 2), _tile(64, 64, 4, 3), _tile(64, 32, 4, 3)),
 )
+
+
 _TOPK = Tiles(
     "cross_similarity.topk",
     _rows(
@@ -98,6 +114,8 @@ _TOPK = Tiles(
     ),
     (_tile(64, 32, 4, 2), _tile(32, 64, 8, 2), _tile(64, 64, 8, 2)),
 )
+
+
 _GRADIENT = Tiles(
     "cross_similarity.softmax_backward",
     _rows(
@@ -139,8 +157,15 @@ def _groups(query: Tensor, guide: Tensor, made: Form) -> Iterator[slice]:
     return (slice(first, min(first + step, batch)) for first in range(0, batch, step))
 
 
-def _part(tensor: Tensor | None, images: slice) -> Tensor | None:
-    return None if tensor is None else tensor[images]
+def _by_class(
+    made: Form, tensors: tuple[Any, ...], images: slice, ignore_index: int, eps: float
+) -> tuple[Ranges, tuple[Rows, Rows]]:
+    """Which rows of some images are compared, and those of both sides, sorted."""
+    parts: Any = (None if one is None else one[images] for one in tensors)
+    query, guide, guide_labels, classes, query_labels = parts
+    found = ranges(query, guide, guide_labels, classes, query_labels, ignore_index)
+    sides = (pack(query, found.query_order, made, eps), pack(guide, found.guide_order, made, eps))
+    return found, sides
 
 
 def forward(
@@ -172,26 +197,16 @@ def forward(
     if similarity.numel() == 0 or pixels == 0:
         return similarity, index, saved
     made = form(query, guide)
+    tensors = (query, guide, guide_labels, classes, query_labels)
     for images in _groups(query, guide, made):
-        found = ranges(
-            query[images],
-            guide[images],
-            guide_labels[images],
-            _part(classes, images),
-            _part(query_labels, images),
-            ignore_index,
-        )
-        sides = (
-            pack(query[images], found.query_order, made, eps),
-            pack(guide[images], found.guide_order, made, eps),
-        )
+        found, sides = _by_class(made, tensors, images, ignore_index, eps)
         here = similarity[images]
         if reduction == "topk":
             _topk(made, *sides, found, here, index[images] if indexed else None, saved[images])
         elif reduction == "softmax":
             _softmax(made, *sides, found, temperature, here, saved[images])
         elif reduction == "mean":
-            _mean(made, *sides, found, _few_labels(guide_labels), here)
+            mean(made, *sides, found, few_labels(guide_labels), here)
         if indexed and reduction != "topk":
             _max(made, *sides, found, here if reduction == "max" else None, index[images])
     return checks.poison(similarity, invalid), index, saved
@@ -213,11 +228,6 @@ def _slots(found: Ranges, slots: slice) -> tuple[Tensor, Tensor]:
     if found.own:
         return found.start, found.stop
     return found.start[:, slots].contiguous(), found.stop[:, slots].contiguous()
-
-
-def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
-    """An argument that a kernel does not read where there is no tensor."""
-    return other if tensor is None else tensor
 
 
 def _max(
@@ -245,9 +255,9 @@ def _max(
             splits = _splits(tiles * count * batch, guide.pixels, tile["BLOCK_GUIDE"], device)
             value = torch.empty(splits, batch, count, query.pixels, dtype=torch.float32, device=device)
             code = torch.empty_like(value, dtype=torch.int32)
-            common = {"LANES": sweeps.LANES, "OWN": found.own}
+            common = {"LANES": by_max.LANES, "OWN": found.own}
             _triton.launch(
-                sweeps.sweep_max,
+                by_max.sweep_max,
                 tiles * splits * count * batch,
                 query.packed,
                 _source(guide, tile["BLOCK_GUIDE"], made),
@@ -269,11 +279,11 @@ def _max(
             )
             blocks = -(-query.pixels // _RESOLVED_ROWS)
             _triton.launch(
-                sweeps.resolve,
+                by_max.resolve,
                 blocks * count * batch,
                 query.packed,
                 query.scale,
-                _or(query.order, found.guide_order),
+                tensor_or(query.order, found.guide_order),
                 guide.packed,
                 guide.scale,
                 found.guide_order,
@@ -296,7 +306,7 @@ def _max(
                 ROWS=_RESOLVED_ROWS,
                 BLOCK_GUIDE=tile["BLOCK_GUIDE"],
                 VALUES=similarity is not None,
-                CHUNK=min(_CHANNELS, made.padded),
+                CHUNK=made.piece,
                 PADDED=made.padded,
                 SPLIT=made.split,
                 num_warps=8,
@@ -305,10 +315,6 @@ def _max(
 
         shape = {"row_bytes": _row_bytes(made)}
         _MAX.run(launch, _triton.capability(device), device, shape)
-
-
-_RESOLVED_ROWS = 8
-_CHANNELS = 64
 
 
 def _softmax(
@@ -329,7 +335,7 @@ def _softmax(
         splits = _splits(tiles * slots * batch, guide.pixels, tile["BLOCK_GUIDE"], device)
         parts = torch.empty(3, splits, batch, slots, query.pixels, dtype=torch.float32, device=device)
         _triton.launch(
-            sweeps.sweep_softmax,
+            by_softmax.sweep_softmax,
             tiles * splits * slots * batch,
             query.packed,
             query.scale,
@@ -346,16 +352,16 @@ def _softmax(
             splits,
             _LOG2_E / temperature,
             *parts.unbind(),
-            LANES=sweeps.LANES,
+            LANES=by_max.LANES,
             OWN=found.own,
             **_constants(made, device),
             **tile,
         )
         rows = batch * slots * query.pixels
         _triton.launch(
-            sweeps.combine_softmax,
+            by_softmax.combine_softmax,
             -(-rows // _COMBINED),
-            _or(query.order, found.guide_order),
+            tensor_or(query.order, found.guide_order),
             *parts.unbind(),
             query.pixels,
             rows,
@@ -370,9 +376,6 @@ def _softmax(
         )
 
     _SOFTMAX.run(launch, _triton.capability(device), device, {"row_bytes": _row_bytes(made)})
-
-
-_COMBINED = 256
 
 
 def _topk(
@@ -396,11 +399,11 @@ def _topk(
         states = torch.empty(2, 4, batch, slots, query.pixels, dtype=torch.float32, device=device)
         for number, before in enumerate(range(0, winners, most)):
             _triton.launch(
-                sweeps.sweep_topk,
+                by_topk.sweep_topk,
                 tiles * slots * batch,
                 query.packed,
                 query.scale,
-                _or(query.order, found.guide_order),
+                tensor_or(query.order, found.guide_order),
                 _source(guide, tile["BLOCK_GUIDE"], made),
                 guide.scale,
                 found.guide_order,
@@ -420,7 +423,7 @@ def _topk(
                 winners,
                 states[number % 2],
                 similarity,
-                _or(index, saved),
+                tensor_or(index, saved),
                 saved,
                 WINNERS=most,
                 BOUNDED=before > 0,
@@ -431,145 +434,6 @@ def _topk(
             )
 
     _TOPK.run(launch, _triton.capability(device), device, {"row_bytes": _row_bytes(made)})
-
-
-def _few_labels(labels: Tensor) -> int | None:
-    """How many different labels there can be, where the dtype tells."""
-    return 256 if labels.dtype == torch.uint8 else None
-
-
-class _Means:
-    """Means of the guide's unit vectors, and which of them each query row is compared with."""
-
-    def __init__(self, made: Form, guide: Rows, found: Ranges, labels: int | None, slots: int) -> None:
-        self.found = found
-        if found.own:
-            self.starts, self.stops, rank = _runs(found.guide_end, labels)
-            paired = found.start < found.stop
-            first = found.start.clamp(max=guide.pixels - 1).to(torch.int64)
-            self.idx = torch.where(paired, rank.gather(1, first), -1)[:, None]  # [B,1,n]
-        else:
-            self.starts, self.stops = found.start, found.stop
-            one = torch.arange(slots, device=guide.scale.device).expand_as(found.start)
-            self.idx = torch.where(found.start < found.stop, one, -1)[:, :, None]  # [B,S,1]
-        self.counts = (self.stops - self.starts).to(torch.float32)
-        ones = torch.ones_like(guide.scale)
-        self.means = _segment_means(made, guide, ones, self.starts, self.stops, self.counts)
-
-    def strides(self) -> tuple[int, int, int]:
-        """Of `idx`, for a kernel that goes through all rows."""
-        stride_b, stride_s, stride_n = self.idx.stride()
-        return stride_b, stride_s, stride_n if self.found.own else 0
-
-
-def _runs(ends: Tensor, labels: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Start and stop of each run of sorted rows [B,T], and the number of the run of each row [B,n]."""
-    begins = torch.ones_like(ends, dtype=torch.int64)
-    begins[:, 1:] = ends[:, 1:] != ends[:, :-1]
-    rank = begins.cumsum(1) - 1
-    most = min(ends.shape[1], labels or ends.shape[1])
-    numbers = torch.arange(most, device=ends.device).expand(ends.shape[0], -1).contiguous()
-    starts = torch.searchsorted(rank, numbers).to(torch.int32)
-    stops = torch.searchsorted(rank, numbers, right=True).to(torch.int32)
-    return starts, stops, rank
-
-
-def _segment_means(
-    made: Form, rows: Rows, share: Tensor, starts: Tensor, stops: Tensor, divisor: Tensor
-) -> Tensor:  # [B,T,C]
-    """Sum of share times unit vector over ranges of rows, divided."""
-    batch, targets = starts.shape
-    channels, device = rows.image.shape[1], share.device
-    chunks = -(-rows.pixels // gradients.ENTRIES)
-    totals = torch.empty(batch, chunks, channels, dtype=torch.float32, device=device)
-    means = torch.empty(batch, targets, channels, dtype=torch.float32, device=device)
-    if channels == 0:
-        return means
-    chunk = min(_CHANNELS, made.padded)
-    slices = -(-channels // chunk)
-    shape = {"ENTRIES": gradients.ENTRIES, "CHUNK": chunk, "PADDED": made.padded, "SPLIT": made.split}
-    _triton.launch(
-        gradients.chunk_totals,
-        batch * chunks * slices,
-        rows.packed,
-        rows.scale,
-        share,
-        share,
-        share,
-        rows.pixels,
-        rows.pixels,
-        1,
-        channels,
-        chunks,
-        slices,
-        totals,
-        LISTED=False,
-        num_warps=4,
-        **shape,
-    )
-    _triton.launch(
-        gradients.segment_means,
-        batch * targets * slices,
-        rows.packed,
-        rows.scale,
-        share,
-        totals,
-        starts,
-        stops,
-        divisor,
-        rows.pixels,
-        targets,
-        channels,
-        chunks,
-        slices,
-        means,
-        UNROLLED=_UNROLLED_MEANS,
-        num_warps=4,
-        **shape,
-    )
-    return means
-
-
-_UNROLLED_MEANS = 32
-
-
-def _mean(
-    made: Form,
-    query: Rows,
-    guide: Rows,
-    found: Ranges,
-    labels: int | None,
-    # outputs
-    similarity: Tensor,  # [B,S,h,w]
-) -> None:
-    batch, slots = similarity.shape[:2]
-    means = _Means(made, guide, found, labels, slots)
-    blocks = -(-query.pixels // _GATHERED_ROWS)
-    _triton.launch(
-        gradients.mean_cosines,
-        batch * slots * blocks,
-        query.packed,
-        query.scale,
-        means.means,
-        means.idx,
-        _or(query.order, found.guide_order),
-        *means.strides(),
-        query.pixels,
-        means.means.shape[1],
-        slots,
-        query.image.shape[1],
-        blocks,
-        similarity,
-        ROWS=_GATHERED_ROWS,
-        CHUNK=min(_CHANNELS, made.padded),
-        PADDED=made.padded,
-        SPLIT=made.split,
-        ORDERED=found.own,
-        num_warps=4,
-    )
-
-
-_GATHERED_ROWS = 16
 
 
 def backward(
@@ -597,173 +461,25 @@ def backward(
     if 0 in (grad.numel(), guide.numel(), slots):
         return grad_query.zero_(), grad_guide.zero_()
     made = form(query, guide)
+    tensors = (query, guide, guide_labels, classes, query_labels)
     grad = grad.to(torch.float32).contiguous()
     for images in _groups(query, guide, made):
         outputs = (grad_query[images] if need_query else None, grad_guide[images] if need_guide else None)
         if reduction in ("max", "topk"):
             winners = index[images][..., None] if reduction == "max" else saved[images]
             sides = (pack(query[images], None, made, eps), pack(guide[images], None, made, eps))
-            _winners_backward(made, *sides, grad[images].flatten(2), winners.flatten(2, 3), *outputs)
+            winners_backward(made, *sides, grad[images].flatten(2), winners.flatten(2, 3), *outputs)
             continue
-        found = ranges(
-            query[images],
-            guide[images],
-            guide_labels[images],
-            _part(classes, images),
-            _part(query_labels, images),
-            ignore_index,
-        )
-        sides = (
-            pack(query[images], found.query_order, made, eps),
-            pack(guide[images], found.guide_order, made, eps),
-        )
+        found, sides = _by_class(made, tensors, images, ignore_index, eps)
         if reduction == "softmax":
             state = (grad[images], similarity[images].contiguous(), saved[images].contiguous())
             for there, output in enumerate(outputs):
                 if output is not None:
                     _softmax_backward(made, *sides, found, temperature, bool(there), *state, output)
         else:
-            few = (_few_labels(guide_labels), None if query_labels is None else _few_labels(query_labels))
-            _mean_backward(made, *sides, found, few, grad[images].flatten(2), *outputs)
+            few = (few_labels(guide_labels), None if query_labels is None else few_labels(query_labels))
+            mean_backward(made, *sides, found, few, grad[images].flatten(2), *outputs)
     return grad_query, grad_guide
-
-
-def _gather(
-    made: Form,
-    table: Rows | Tensor,
-    idx: Tensor,  # [B,S,n*k] int64, or expanded to it
-    weight: Tensor,  # [B,S,n] float32, or expanded to it
-    winners: int,
-    own: Rows,
-    output: Tensor,  # [B,C,h,w]
-) -> None:
-    """Gradient to each pixel of `own`: its rows of a table, weighted."""
-    batch, channels = output.shape[:2]
-    blocks = -(-own.pixels // _GATHERED_ROWS)
-    packed = isinstance(table, Rows)
-    values = table.packed if isinstance(table, Rows) else table
-    _triton.launch(
-        gradients.gather_gradients,
-        batch * blocks,
-        values,
-        table.scale if isinstance(table, Rows) else own.scale,
-        idx,
-        weight,
-        own.packed,
-        own.scale,
-        own.inverse,
-        _or(own.order, idx),
-        idx.stride(0),
-        idx.stride(1),
-        idx.stride(2) * winners,
-        *weight.stride(),
-        *output.stride(),
-        output.shape[3],
-        own.pixels,
-        values.shape[1],
-        idx.shape[1],
-        winners,
-        channels,
-        blocks,
-        output,
-        ROWS=_GATHERED_ROWS,
-        CHUNK=made.chunk,
-        PADDED=made.padded,
-        SPLIT=made.split,
-        PACKED=packed,
-        ORDERED=own.order is not None,
-        num_warps=4,
-    )
-
-
-def _winners_backward(
-    made: Form,
-    query: Rows,
-    guide: Rows,
-    grad: Tensor,  # [B,S,n]
-    winners: Tensor,  # [B,S,n,k] or, flattened, [B,S,n*k]
-    # outputs
-    grad_query: Tensor | None,
-    grad_guide: Tensor | None,
-) -> None:
-    batch, slots, pixels = grad.shape
-    winners = winners.reshape(batch, slots, pixels, -1)
-    k = winners.shape[3]
-    share = grad
-    if k > 1:
-        share = grad / (winners >= 0).sum(3).clamp_(min=1)
-    winners = winners.flatten(2)
-    if grad_query is not None:
-        _gather(made, guide, winners, share, k, query, grad_query)
-    if grad_guide is None:
-        return
-    # Of an image, sorted by winner; those without one come last.
-    keys = torch.where(winners < 0, guide.pixels, winners).to(torch.int32).flatten(1)
-    keys, perm = keys.sort(dim=1, stable=True)
-    targets = torch.arange(guide.pixels + 1, dtype=torch.int32, device=keys.device)
-    bounds = torch.searchsorted(keys, targets.expand(batch, -1).contiguous())
-    entries = keys.shape[1]
-    chunks = -(-entries // gradients.ENTRIES)
-    channels = guide.image.shape[1]
-    totals = torch.empty(batch, chunks, channels, dtype=torch.float32, device=keys.device)
-    chunk = min(_CHANNELS, made.padded)
-    slices = -(-channels // chunk)
-    _triton.launch(
-        gradients.chunk_totals,
-        batch * chunks * slices,
-        query.packed,
-        query.scale,
-        keys,
-        perm,
-        share,
-        pixels,
-        entries,
-        k,
-        channels,
-        chunks,
-        slices,
-        totals,
-        ENTRIES=gradients.ENTRIES,
-        CHUNK=chunk,
-        PADDED=made.padded,
-        SPLIT=made.split,
-        LISTED=True,
-        num_warps=4,
-    )
-    blocks = -(-guide.pixels // _GATHERED_ROWS)
-    _triton.launch(
-        gradients.segment_gradients,
-        batch * blocks,
-        query.packed,
-        query.scale,
-        perm,
-        share,
-        totals,
-        bounds,
-        guide.packed,
-        guide.scale,
-        guide.inverse,
-        *grad_guide.stride(),
-        grad_guide.shape[3],
-        pixels,
-        guide.pixels,
-        entries,
-        k,
-        channels,
-        chunks,
-        blocks,
-        grad_guide,
-        ROWS=_GATHERED_ROWS,
-        UNROLLED=_UNROLLED,
-        ENTRIES=gradients.ENTRIES,
-        CHUNK=made.chunk,
-        PADDED=made.padded,
-        SPLIT=made.split,
-        num_warps=8,
-    )
-
-
-_UNROLLED = 2
 
 
 def _softmax_backward(
@@ -790,16 +506,16 @@ def _softmax_backward(
         tiles = -(-here.pixels // tile["ROWS"])
         out = math.gcd(made.padded, tile["OUT"])
         _triton.launch(
-            gradients.sweep_gradient,
+            by_softmax.sweep_gradient,
             batch * tiles * (made.padded // out),
             here.packed,
             here.scale,
             here.inverse,
-            _or(here.order, found.guide_order),
+            tensor_or(here.order, found.guide_order),
             _source(there, tile["COLUMNS"], made),
             there.packed,
             there.scale,
-            _or(there.order, found.guide_order),
+            tensor_or(there.order, found.guide_order),
             starts,
             stops,
             ends,
@@ -825,45 +541,3 @@ def _softmax_backward(
         )
 
     _GRADIENT.run(launch, _triton.capability(device), device, {"row_bytes": _row_bytes(made)})
-
-
-def _mean_backward(
-    made: Form,
-    query: Rows,
-    guide: Rows,
-    found: Ranges,
-    labels: tuple[int | None, int | None],  # how many the guide and the query can have
-    grad: Tensor,  # [B,S,n]
-    # outputs
-    grad_query: Tensor | None,
-    grad_guide: Tensor | None,
-) -> None:
-    slots, pixels = grad.shape[1:]
-    means = _Means(made, guide, found, labels[0], slots)
-    if found.query_order is not None:
-        grad = grad.gather(2, found.query_order[:, None])
-    if grad_query is not None:
-        idx = means.idx.expand(-1, -1, pixels)
-        _gather(made, means.means, idx, grad, 1, query, grad_query)
-    if grad_guide is None:
-        return
-    if found.own:
-        starts, stops, rank = _runs(found.query_end, labels[1])
-        back = _segment_means(
-            made, query, grad[:, 0], starts, stops, torch.ones_like(starts, dtype=torch.float32)
-        )
-        first = found.back_start.clamp(max=pixels - 1).to(torch.int64)
-        idx = torch.where(found.back_start < found.back_stop, rank.gather(1, first), -1)[:, None]
-        _, _, guide_rank = _runs(found.guide_end, labels[0])
-        weight = (1 / means.counts.clamp(min=1)).gather(1, guide_rank)[:, None]
-    else:
-        start, stop = (torch.full_like(found.start[:, :1], end) for end in (0, pixels))
-        one = torch.ones_like(start, dtype=torch.float32)
-        sums = [_segment_means(made, query, grad[:, s].contiguous(), start, stop, one) for s in range(slots)]
-        back = torch.cat(sums, 1)
-        row = torch.arange(guide.pixels, device=grad.device)
-        member = (row >= found.start[..., None]) & (row < found.stop[..., None])
-        slot = torch.arange(slots, device=grad.device)[:, None]
-        idx = torch.where(member, slot, -1)
-        weight = (1 / means.counts.clamp(min=1))[..., None].expand(-1, -1, guide.pixels)
-    _gather(made, back, idx, weight, 1, guide, grad_guide)

@@ -1,8 +1,7 @@
-"""Backward kernels of `cross_similarity`, and those of its mean, all without atomics.
+"""Sums over the pixels that belong to a target (a winner, a class), for `cross_similarity`, without atomics.
 
-Sums over the pixels that belong to a target (a winner, a class) are sums over a segment of a sorted list.
-Totals of 64 entries at a time are made first, so that a target with many entries reads few rows. Softmax
-compares all pairs again, once with the query's tiles staying and once with the guide's.
+Such a sum is one over a segment of a sorted list. Totals of 64 entries at a time are made first, so that
+a target with many entries reads few rows.
 """
 
 from __future__ import annotations
@@ -10,21 +9,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._cross_sweep_triton import load_tile, products
-from ._triton import dot
+from ._cross_products_triton import pixel_offset, store_through_norm, unit_vectors
 
 ENTRIES = 64
 """Entries whose total is made first."""
-
-
-@triton.jit
-def _vectors(packed, scale, row, mask, channel, WIDTH: tl.constexpr, SPLIT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Unit vectors of rows, at channels that `channel` holds along one more dimension, in float32."""
-    place = packed + row * WIDTH + channel
-    vector = tl.load(place, mask=mask, other=0.0).to(tl.float32)
-    if SPLIT:
-        vector += tl.load(place + WIDTH // 2, mask=mask, other=0.0).to(tl.float32)
-    return vector * tl.load(scale + row, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -78,15 +66,9 @@ def chunk_totals(  # type: ignore[no-untyped-def]
         row, weight = _entries(perm, share, entry, inside, b, entries, pixels, winners, LISTED)
         WIDTH: tl.constexpr = 2 * PADDED if SPLIT else PADDED
         mask = inside[:, None] & (channel < channels)[None, :]
-        vector = _vectors(packed, scale, row[:, None], mask, channel[None, :], WIDTH, SPLIT)
+        vector = unit_vectors(packed, scale, row[:, None], mask, channel[None, :], WIDTH, SPLIT)
         total = tl.sum(tl.where(inside[:, None], vector * weight[:, None], 0.0), 0)
         tl.store(totals + (b * chunks + chunk) * channels + channel, total, mask=channel < channels)
-
-
-@triton.jit
-def _offset(pixel, columns, stride_h, stride_w):  # type: ignore[no-untyped-def]
-    """Of pixels (int32) in an image."""
-    return (pixel // columns).to(tl.int64) * stride_h + (pixel % columns).to(tl.int64) * stride_w
 
 
 @triton.jit
@@ -132,7 +114,7 @@ def _segment(  # type: ignore[no-untyped-def]
         single = (item < items[:, None]) & (in_chunk == 0)
         row, weight = _entries(perm, share, entry, single, b, entries, pixels, winners, LISTED)
         row = tl.where(single, row, 0)
-        vector = _vectors(
+        vector = unit_vectors(
             packed, scale, row[:, :, None], single[:, :, None] & able, channel[None, None, :], WIDTH, SPLIT
         )
         result += tl.sum(tl.where(single[:, :, None], vector * weight[:, :, None], 0.0), 1)
@@ -144,22 +126,6 @@ def _segment(  # type: ignore[no-untyped-def]
         result += tl.sum(tl.load(place, mask=in_chunk[:, :, None] & able, other=0.0), 1)
         done += UNROLLED
     return result
-
-
-@triton.jit
-def _store_through_norm(  # type: ignore[no-untyped-def]
-    gradient,  # of the unit vectors, [ROWS,CHUNK]
-    along,  # [ROWS]
-    unit,  # [ROWS,CHUNK]
-    inverse,  # [ROWS]
-    target,  # [ROWS], pointers to the pixels
-    channel,
-    stride_c,
-    mask,
-):
-    value = (gradient - along[:, None] * unit) * inverse[:, None]
-    place = target[:, None] + (channel.to(tl.int64) * stride_c)[None, :]
-    tl.store(place, value.to(target.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -202,7 +168,7 @@ def segment_gradients(  # type: ignore[no-untyped-def]
     begin = tl.load(bounds + b * (targets + 1) + target, mask=inside, other=0)
     end = tl.load(bounds + b * (targets + 1) + target + 1, mask=inside, other=0)
     inverse = tl.load(target_inverse + b * targets + target, mask=inside, other=0.0)
-    pointer = out + b * stride_b + _offset(target, columns, stride_h, stride_w)
+    pointer = out + b * stride_b + pixel_offset(target, columns, stride_h, stride_w)
     own = (b * targets + target)[:, None]
     WIDTH: tl.constexpr = 2 * PADDED if SPLIT else PADDED
     along = tl.zeros([ROWS], tl.float32)
@@ -213,10 +179,10 @@ def segment_gradients(  # type: ignore[no-untyped-def]
             packed, scale, perm, share, totals, b, begin, end, channel, pixels, entries, winners, channels,
             chunks, ROWS, UNROLLED, ENTRIES, CHUNK, WIDTH, SPLIT, True,
         )  # fmt: skip
-        unit = _vectors(target_packed, target_scale, own, mask, channel[None, :], WIDTH, SPLIT)
+        unit = unit_vectors(target_packed, target_scale, own, mask, channel[None, :], WIDTH, SPLIT)
         along += tl.sum(total * unit, 1)
         if CHUNK == PADDED:
-            _store_through_norm(total, along, unit, inverse, pointer, channel, stride_c, mask)
+            store_through_norm(total, along, unit, inverse, pointer, channel, stride_c, mask)
     if CHUNK < PADDED:
         for c in range(0, PADDED, CHUNK):
             channel = c + tl.arange(0, CHUNK)
@@ -225,8 +191,8 @@ def segment_gradients(  # type: ignore[no-untyped-def]
                 packed, scale, perm, share, totals, b, begin, end, channel, pixels, entries, winners,
                 channels, chunks, ROWS, UNROLLED, ENTRIES, CHUNK, WIDTH, SPLIT, True,
             )  # fmt: skip
-            unit = _vectors(target_packed, target_scale, own, mask, channel[None, :], WIDTH, SPLIT)
-            _store_through_norm(total, along, unit, inverse, pointer, channel, stride_c, mask)
+            unit = unit_vectors(target_packed, target_scale, own, mask, channel[None, :], WIDTH, SPLIT)
+            store_through_norm(total, along, unit, inverse, pointer, channel, stride_c, mask)
 
 
 @triton.jit
@@ -286,7 +252,7 @@ def _table(  # type: ignore[no-untyped-def]
     """Rows `idx` of a table of the image, [ROWS,CHUNK]: packed ones as unit vectors, float32 as they are."""
     row = (b * rows + idx)[:, None]
     if PACKED:
-        vector = _vectors(table, scale, row, mask, channel[None, :], WIDTH, SPLIT)
+        vector = unit_vectors(table, scale, row, mask, channel[None, :], WIDTH, SPLIT)
     else:
         vector = tl.load(table + row * channels + channel[None, :], mask=mask, other=0.0)
     return vector
@@ -337,7 +303,7 @@ def gather_gradients(  # type: ignore[no-untyped-def]
     pixel = row
     if ORDERED:
         pixel = tl.load(order + b * pixels + row, mask=inside, other=0).to(tl.int32)
-    pointer = out + b * stride_b + _offset(pixel, columns, stride_h, stride_w)
+    pointer = out + b * stride_b + pixel_offset(pixel, columns, stride_h, stride_w)
     WIDTH: tl.constexpr = 2 * PADDED if SPLIT else PADDED
     own = (b * pixels + row)[:, None]
     along = tl.zeros([ROWS], tl.float32)
@@ -368,11 +334,11 @@ def gather_gradients(  # type: ignore[no-untyped-def]
                     SPLIT,
                 )
                 total += tl.where(there, vector * by[:, None], 0.0)
-            unit = _vectors(own_packed, own_scale, own, mask, channel[None, :], WIDTH, SPLIT)
+            unit = unit_vectors(own_packed, own_scale, own, mask, channel[None, :], WIDTH, SPLIT)
             if p == 0:
                 along += tl.sum(total * unit, 1)
             if p == PASSES - 1:
-                _store_through_norm(total, along, unit, inverse, pointer, channel, stride_c, mask)
+                store_through_norm(total, along, unit, inverse, pointer, channel, stride_c, mask)
 
 
 @triton.jit
@@ -411,7 +377,7 @@ def mean_cosines(  # type: ignore[no-untyped-def]
     for c in range(0, PADDED, CHUNK):
         channel = c + tl.arange(0, CHUNK)
         mask = (one >= 0)[:, None] & (channel < channels)[None, :]
-        unit = _vectors(packed, scale, (b * pixels + row)[:, None], mask, channel[None, :], WIDTH, SPLIT)
+        unit = unit_vectors(packed, scale, (b * pixels + row)[:, None], mask, channel[None, :], WIDTH, SPLIT)
         mean = _table(means, scale, b, rows, tl.maximum(one, 0), mask, channel, channels, WIDTH, False, SPLIT)
         total += tl.sum(unit * mean, 1)
     pixel = row.to(tl.int64)
@@ -419,193 +385,3 @@ def mean_cosines(  # type: ignore[no-untyped-def]
         pixel = tl.load(order + b * pixels + row, mask=inside, other=0)
     out = similarity + (b * slots + slot) * pixels + pixel
     tl.store(out, tl.where(one >= 0, total, 0.0), mask=inside)
-
-
-@triton.jit
-def _scan_slopes(  # type: ignore[no-untyped-def]
-    result,  # [ROWS,OUT]
-    along,  # [ROWS]
-    rows_in,
-    row_place,  # [ROWS] places in grad, similarity and log_total, where the query's tile stays
-    here,
-    high,
-    low,
-    here_size,
-    here_first,
-    here_limit,
-    there,
-    there_rows,  # the same, never a descriptor
-    there_scale,
-    there_order,  # [B,n] int64, where the guide's tile stays and OWN
-    column_base,  # of grad, similarity and log_total, where the guide's tile stays
-    grad,
-    similarity,
-    log_total,
-    b,
-    there_pixels,
-    there_limit,
-    start,
-    stop,
-    temperature,
-    out_first,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    OUT: tl.constexpr,
-    TO_GUIDE: tl.constexpr,
-    OWN: tl.constexpr,
-    PRECISION: tl.constexpr,
-    CHUNK: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    SPLIT: tl.constexpr,
-    DESCRIPTOR: tl.constexpr,
-    WIDEN: tl.constexpr,
-):
-    base = (b * there_pixels).to(tl.int32)
-    PADDED: tl.constexpr = CHUNK * CHUNKS
-    WIDTH: tl.constexpr = 2 * PADDED if SPLIT else PADDED
-    if not TO_GUIDE:
-        row_grad = tl.load(grad + row_place, mask=rows_in, other=0.0)[:, None]
-        row_value = tl.load(similarity + row_place, mask=rows_in, other=0.0)[:, None]
-        row_log = tl.load(log_total + row_place, mask=rows_in, other=0.0)[:, None]
-    for first in range(start, stop, COLUMNS):
-        product = products(
-            here, high, low, here_first, here_limit, there, base + first, there_limit,
-            ROWS, COLUMNS, CHUNK, CHUNKS, SPLIT, DESCRIPTOR, WIDEN,
-        )  # fmt: skip
-        column = first + tl.arange(0, COLUMNS)
-        inside = column < stop
-        size = tl.load(there_scale + b * there_pixels + column, mask=inside, other=0.0)
-        cosine = product * (size[None, :] * here_size[:, None])
-        if TO_GUIDE:
-            pixel = column.to(tl.int64)
-            if OWN:
-                pixel = tl.load(there_order + b * there_pixels + column, mask=inside, other=0)
-            by = tl.load(grad + column_base + pixel, mask=inside, other=0.0)[None, :]
-            value = tl.load(similarity + column_base + pixel, mask=inside, other=0.0)[None, :]
-            log = tl.load(log_total + column_base + pixel, mask=inside, other=0.0)[None, :]
-        else:
-            by, value, log = row_grad, row_value, row_log
-        # d value / d cosine = p (1 + (cosine - value) / temperature)
-        lift = (cosine - value) / temperature
-        slope = by * tl.exp(lift - log) * (1.0 + lift)
-        compared = rows_in[:, None] & inside[None, :]
-        along += tl.sum(tl.where(compared, slope * cosine, 0.0), 1)
-        slope = tl.where(compared, slope, 0.0)
-        finite = tl.where(size == size, size, 0.0)
-        unit = load_tile(there_rows, base + first, out_first, there_limit, COLUMNS, OUT, WIDTH, False).to(
-            tl.float32
-        )
-        if SPLIT:
-            unit += load_tile(
-                there_rows, base + first, PADDED + out_first, there_limit, COLUMNS, OUT, WIDTH, False
-            )
-        if PRECISION == "tf32":
-            # The rows are exact in tf32, their unit vectors are not.
-            result = dot(slope * finite[None, :], unit, result, PRECISION, WIDEN)
-        else:
-            result = dot(slope, unit * finite[:, None], result, PRECISION, WIDEN)
-    return result, along
-
-
-@triton.jit
-def sweep_gradient(  # type: ignore[no-untyped-def]
-    here,  # [B*n,width], of the side whose gradient is made
-    here_scale,  # [B,n]
-    here_inverse,  # [B,n]
-    here_order,  # [B,n] int64 where ORDERED
-    there,  # [B*m,width], or a descriptor of it
-    there_rows,  # [B*m,width]
-    there_scale,  # [B,m]
-    there_order,  # [B,m] int64, where OWN
-    starts,  # [B,S] int32 of the guide's rows, or [B,n] in own-label mode
-    stops,
-    ends,  # [B,n] int32
-    grad,  # [B,S,query pixels] float32
-    similarity,
-    log_total,
-    stride_b,
-    stride_c,
-    stride_h,
-    stride_w,
-    columns,
-    here_pixels,
-    there_pixels,
-    images,
-    slots,
-    tiles,
-    channels,
-    temperature,
-    # outputs
-    out,  # [B,C,h,w]
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    OUT: tl.constexpr,
-    TO_GUIDE: tl.constexpr,
-    OWN: tl.constexpr,
-    ORDERED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    CHUNK: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    SPLIT: tl.constexpr,
-    DESCRIPTOR: tl.constexpr,
-    WIDEN: tl.constexpr,
-):
-    """Gradient of softmax to one side, OUT channels of it: slopes of all pairs, times the other side."""
-    program = tl.program_id(0)
-    PADDED: tl.constexpr = CHUNK * CHUNKS
-    SLICES: tl.constexpr = (PADDED + OUT - 1) // OUT
-    out_first = program % SLICES * OUT
-    tile = program // SLICES % tiles
-    b = (program // SLICES // tiles).to(tl.int64)
-    first_row = tile * ROWS
-    row = first_row + tl.arange(0, ROWS)
-    inside = row < here_pixels
-    here_first = (b * here_pixels).to(tl.int32) + first_row
-    here_limit, there_limit = images * here_pixels, images * there_pixels
-    WIDTH: tl.constexpr = 2 * PADDED if SPLIT else PADDED
-    high = load_tile(here, here_first, 0, here_limit, ROWS, CHUNK, WIDTH, False)
-    low = high
-    if SPLIT:
-        low = load_tile(here, here_first, PADDED, here_limit, ROWS, CHUNK, WIDTH, False)
-    size = tl.load(here_scale + b * here_pixels + row, mask=inside, other=0.0)
-    pixel = row
-    if ORDERED:
-        pixel = tl.load(here_order + b * here_pixels + row, mask=inside, other=0).to(tl.int32)
-    result = tl.zeros([ROWS, OUT], tl.float32)
-    along = tl.zeros([ROWS], tl.float32)
-    last = tl.minimum(first_row + ROWS, here_pixels)
-    if OWN:
-        run = first_row
-        while run < last:
-            end = tl.minimum(tl.load(ends + b * here_pixels + run), last)
-            start = tl.load(starts + b * here_pixels + run)
-            stop = tl.load(stops + b * here_pixels + run)
-            result, along = _scan_slopes(
-                result, along, (row >= run) & (row < end), b * here_pixels + pixel, here, high, low, size,
-                here_first, here_limit, there, there_rows, there_scale, there_order, b * there_pixels, grad,
-                similarity, log_total, b, there_pixels, there_limit, start, stop, temperature, out_first,
-                ROWS, COLUMNS, OUT, TO_GUIDE, OWN, PRECISION, CHUNK, CHUNKS, SPLIT, DESCRIPTOR, WIDEN,
-            )  # fmt: skip
-            run = end
-    else:
-        for slot in range(slots):
-            start, stop = tl.load(starts + b * slots + slot), tl.load(stops + b * slots + slot)
-            plane = b * slots + slot
-            rows_in = inside
-            if TO_GUIDE:
-                rows_in = (row >= start) & (row < stop)
-                touched = (stop > first_row) & (start < last) & (stop > start)
-                start, stop = 0, tl.where(touched, there_pixels, 0)
-            result, along = _scan_slopes(
-                result, along, rows_in, plane * here_pixels + row, here, high, low, size,
-                here_first, here_limit, there, there_rows, there_scale, there_order, plane * there_pixels,
-                grad, similarity, log_total, b, there_pixels, there_limit, start, stop, temperature,
-                out_first, ROWS, COLUMNS, OUT, TO_GUIDE, OWN, PRECISION, CHUNK, CHUNKS, SPLIT, DESCRIPTOR,
-                WIDEN,
-            )  # fmt: skip
-    channel = out_first + tl.arange(0, OUT)
-    mask = inside[:, None] & (channel < channels)[None, :]
-    unit = _vectors(here, here_scale, (b * here_pixels + row)[:, None], mask, channel[None, :], WIDTH, SPLIT)
-    inverse = tl.load(here_inverse + b * here_pixels + row, mask=inside, other=0.0)
-    pointer = out + b * stride_b + _offset(pixel, columns, stride_h, stride_w)
-    _store_through_norm(result, along, unit, inverse, pointer, channel, stride_c, mask)
