@@ -112,6 +112,13 @@ class Ranges(NamedTuple):
         """Whether in own-label mode."""
         return self.query_order is not None
 
+    def of(self, slots: slice) -> Ranges:
+        """Those of some slots; in own-label mode there is one."""
+        if self.own:
+            return self
+        start, stop = self.start[:, slots].contiguous(), self.stop[:, slots].contiguous()
+        return self._replace(start=start, stop=stop)
+
 
 def tensor_or(tensor: Tensor | None, other: Tensor) -> Tensor:
     """An argument for a kernel, which does not read it where there is no tensor."""

@@ -215,6 +215,8 @@ def combine_softmax(  # type: ignore[no-untyped-def]
     slots,
     splits,
     sharpness,  # log2(e) / temperature
+    stride_b,
+    stride_s,
     # outputs
     similarity,  # [B,S,n]
     log_total,  # [B,S,n]: log sum_j exp((cosine_j - similarity) / temperature), -inf where there is none
@@ -235,10 +237,10 @@ def combine_softmax(  # type: ignore[no-untyped-def]
         total += tl.load(totals + split * rows + place, mask=inside, other=0.0) * factor
         weighted += tl.load(sums + split * rows + place, mask=inside, other=0.0) * factor
     empty = total == 0.0
-    out = place
+    row, slot, b = place % query_pixels, place // query_pixels % slots, place // query_pixels // slots
     if OWN:
-        image, row = place // query_pixels, place % query_pixels
-        out = image * query_pixels + tl.load(query_order + image * query_pixels + row, mask=inside, other=0)
+        row = tl.load(query_order + b * query_pixels + row, mask=inside, other=0)
+    out = b * stride_b + slot * stride_s + row
     mean = tl.where(empty, 0.0, tl.div_rn(weighted, tl.where(empty, 1.0, total)))
     tl.store(similarity + out, mean, mask=inside)
     # Around the mean a logarithm is small, and rounded little; float64 keeps its two large parts apart.

@@ -29,6 +29,10 @@ _IN_FLIGHT_BYTES = 2**28
 
 
 _WORKSPACE_BYTES = 2**25
+_STATE_BYTES = 32
+"""For each query pixel and slot, at the most."""
+_WINNER_BYTES = 40
+"""For each winner that backward sorts."""
 
 
 _WAVES = 2
@@ -149,12 +153,18 @@ def _row_bytes(made: Form) -> int:
     return made.chunk * made.dtype.itemsize * (2 if made.split else 1)
 
 
-def _groups(query: Tensor, guide: Tensor, made: Form) -> Iterator[slice]:
-    """Images whose packed rows are held at once."""
-    batch = query.shape[0]
+def _parts(count: int, bytes_each: int, most: int) -> Iterator[slice]:
+    """Ranges of images or slots that take `most` bytes together, or one that takes more."""
+    step = max(1, most // max(1, bytes_each))
+    return (slice(first, min(first + step, count)) for first in range(0, count, step))
+
+
+def _groups(query: Tensor, guide: Tensor, made: Form, workspace_bytes: int = 0) -> Iterator[slice]:
+    """Images whose packed rows, and workspace of so many bytes each, are held at once."""
     pixels = query.shape[2] * query.shape[3] + guide.shape[2] * guide.shape[3]
-    step = max(1, _IN_FLIGHT_BYTES // max(1, pixels * made.width * made.dtype.itemsize))
-    return (slice(first, min(first + step, batch)) for first in range(0, batch, step))
+    packed = pixels * made.width * made.dtype.itemsize
+    each = max(packed, workspace_bytes * (_IN_FLIGHT_BYTES // _WORKSPACE_BYTES))
+    return _parts(query.shape[0], each, _IN_FLIGHT_BYTES)
 
 
 def _by_class(
@@ -200,15 +210,19 @@ def forward(
     tensors = (query, guide, guide_labels, classes, query_labels)
     for images in _groups(query, guide, made):
         found, sides = _by_class(made, tensors, images, ignore_index, eps)
-        here = similarity[images]
-        if reduction == "topk":
-            _topk(made, *sides, found, here, index[images] if indexed else None, saved[images])
-        elif reduction == "softmax":
-            _softmax(made, *sides, found, temperature, here, saved[images])
-        elif reduction == "mean":
-            mean(made, *sides, found, few_labels(guide_labels), here)
-        if indexed and reduction != "topk":
-            _max(made, *sides, found, here if reduction == "max" else None, index[images])
+        if reduction == "mean":
+            mean(made, *sides, found, few_labels(guide_labels), similarity[images])
+        each = _STATE_BYTES * sides[0].scale.numel()
+        for slots in _parts(shape[1], each, _WORKSPACE_BYTES):
+            some = found.of(slots)
+            here, saved_here = similarity[images, slots], saved[images, slots] if saved.dim() > 1 else saved
+            index_here = index[images, slots] if indexed else None
+            if reduction == "topk":
+                _topk(made, *sides, some, here, index_here, saved_here)
+            elif reduction == "softmax":
+                _softmax(made, *sides, some, temperature, here, saved_here)
+            if index_here is not None and reduction != "topk":
+                _max(made, *sides, some, here if reduction == "max" else None, index_here)
     return checks.poison(similarity, invalid), index, saved
 
 
@@ -216,18 +230,6 @@ def _splits(programs: int, guide_pixels: int, block: int, device: torch.device) 
     """How many parts of the guide are gone through side by side, for few query tiles."""
     wanted = -(-_WAVES * _triton.multiprocessors(device) // max(1, programs))
     return max(1, min(wanted, _MOST_SPLITS, guide_pixels // (4 * block)))
-
-
-def _slot_groups(slots: int, bytes_each: int) -> Iterator[slice]:
-    step = max(1, _WORKSPACE_BYTES // max(1, bytes_each))
-    return (slice(first, min(first + step, slots)) for first in range(0, slots, step))
-
-
-def _slots(found: Ranges, slots: slice) -> tuple[Tensor, Tensor]:
-    """Bounds of some slots; in own-label mode there is one."""
-    if found.own:
-        return found.start, found.stop
-    return found.start[:, slots].contiguous(), found.stop[:, slots].contiguous()
 
 
 def _max(
@@ -241,80 +243,73 @@ def _max(
 ) -> None:
     batch, slots = index.shape[:2]
     device = index.device
-    flat = index.flatten(2)
     bad = torch.zeros(batch, guide.pixels + 1, dtype=torch.int32, device=device)
     torch.cumsum(guide.scale.isnan(), 1, dtype=torch.int32, out=bad[:, 1:])
-    for part in _slot_groups(slots, 8 * batch * query.pixels):
-        count = part.stop - part.start
-        start, stop = _slots(found, part)
 
-        def launch(
-            tile: Tile, count: int = count, part: slice = part, start: Tensor = start, stop: Tensor = stop
-        ) -> None:
-            tiles = -(-query.pixels // tile["BLOCK_QUERY"])
-            splits = _splits(tiles * count * batch, guide.pixels, tile["BLOCK_GUIDE"], device)
-            value = torch.empty(splits, batch, count, query.pixels, dtype=torch.float32, device=device)
-            code = torch.empty_like(value, dtype=torch.int32)
-            common = {"LANES": by_max.LANES, "OWN": found.own}
-            _triton.launch(
-                by_max.sweep_max,
-                tiles * splits * count * batch,
-                query.packed,
-                _source(guide, tile["BLOCK_GUIDE"], made),
-                guide.scale,
-                start,
-                stop,
-                found.query_end,
-                query.pixels,
-                guide.pixels,
-                batch,
-                count,
-                tiles,
-                splits,
-                value,
-                code,
-                **_constants(made, device),
-                **common,
-                **tile,
-            )
-            blocks = -(-query.pixels // _RESOLVED_ROWS)
-            _triton.launch(
-                by_max.resolve,
-                blocks * count * batch,
-                query.packed,
-                query.scale,
-                tensor_or(query.order, found.guide_order),
-                guide.packed,
-                guide.scale,
-                found.guide_order,
-                start,
-                stop,
-                bad,
-                value,
-                code,
-                query.pixels,
-                guide.pixels,
-                batch,
-                count,
-                blocks,
-                splits,
-                flat.stride(0),
-                flat.stride(1),
-                value if similarity is None else similarity.flatten(2)[:, part],
-                flat[:, part],
-                **common,
-                ROWS=_RESOLVED_ROWS,
-                BLOCK_GUIDE=tile["BLOCK_GUIDE"],
-                VALUES=similarity is not None,
-                CHUNK=made.piece,
-                PADDED=made.padded,
-                SPLIT=made.split,
-                num_warps=8,
-                maxnreg=128,
-            )
+    def launch(tile: Tile) -> None:
+        tiles = -(-query.pixels // tile["BLOCK_QUERY"])
+        splits = _splits(tiles * slots * batch, guide.pixels, tile["BLOCK_GUIDE"], device)
+        value = torch.empty(splits, batch, slots, query.pixels, dtype=torch.float32, device=device)
+        code = torch.empty_like(value, dtype=torch.int32)
+        common = {"LANES": by_max.LANES, "OWN": found.own}
+        _triton.launch(
+            by_max.sweep_max,
+            tiles * splits * slots * batch,
+            query.packed,
+            _source(guide, tile["BLOCK_GUIDE"], made),
+            guide.scale,
+            found.start,
+            found.stop,
+            found.query_end,
+            query.pixels,
+            guide.pixels,
+            batch,
+            slots,
+            tiles,
+            splits,
+            value,
+            code,
+            **_constants(made, device),
+            **common,
+            **tile,
+        )
+        blocks = -(-query.pixels // _RESOLVED_ROWS)
+        _triton.launch(
+            by_max.resolve,
+            blocks * slots * batch,
+            query.packed,
+            query.scale,
+            tensor_or(query.order, found.guide_order),
+            guide.packed,
+            guide.scale,
+            found.guide_order,
+            found.start,
+            found.stop,
+            bad,
+            value,
+            code,
+            query.pixels,
+            guide.pixels,
+            batch,
+            slots,
+            blocks,
+            splits,
+            *index.stride()[:2],
+            value if similarity is None else similarity,
+            index,
+            **common,
+            ROWS=_RESOLVED_ROWS,
+            BLOCK_GUIDE=tile["BLOCK_GUIDE"],
+            VALUES=similarity is not None,
+            CHUNK=made.piece,
+            PADDED=made.padded,
+            SPLIT=made.split,
+            num_warps=8,
+            maxnreg=128,
+        )
 
-        shape = {"row_bytes": _row_bytes(made)}
-        _MAX.run(launch, _triton.capability(device), device, shape)
+    shape = {"row_bytes": _row_bytes(made)}
+    _MAX.run(launch, _triton.capability(device), device, shape)
 
 
 def _softmax(
@@ -368,6 +363,7 @@ def _softmax(
             slots,
             splits,
             _LOG2_E / temperature,
+            *similarity.stride()[:2],
             similarity,
             log_total,
             BLOCK=_COMBINED,
@@ -390,7 +386,6 @@ def _topk(
 ) -> None:
     batch, slots = similarity.shape[:2]
     device, winners = similarity.device, saved.shape[-1]
-    flat = similarity.flatten(2)
     most = min(_MOST_WINNERS, max(2, _triton.next_power_of_2(winners)))
 
     def launch(tile: Tile) -> None:
@@ -416,8 +411,7 @@ def _topk(
                 batch,
                 slots,
                 tiles,
-                flat.stride(0),
-                flat.stride(1),
+                *similarity.stride()[:2],
                 min(most, winners - before),
                 before,
                 winners,
@@ -463,7 +457,9 @@ def backward(
     made = form(query, guide)
     tensors = (query, guide, guide_labels, classes, query_labels)
     grad = grad.to(torch.float32).contiguous()
-    for images in _groups(query, guide, made):
+    winners_each = max(saved.shape[-1], 1) if reduction == "topk" else 1
+    sorted_bytes = _WINNER_BYTES * grad[:1].numel() * winners_each if reduction in ("max", "topk") else 0
+    for images in _groups(query, guide, made, sorted_bytes):
         outputs = (grad_query[images] if need_query else None, grad_guide[images] if need_guide else None)
         if reduction in ("max", "topk"):
             winners = index[images][..., None] if reduction == "max" else saved[images]
