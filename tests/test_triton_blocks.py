@@ -130,16 +130,18 @@ LIMITS = {"one program": (1, 2**30, 2**30), "few bytes": (7, 2000, 1500), "a byt
 def tiny_sums(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The two operators that sum over pixels and channels."""
     pool, weights = _module("masked_average_pool_triton"), _module("_class_weights_triton")
-    prototypes = _module("prototype_similarity_triton")
+    prototypes, gradient = _module("prototype_similarity_triton"), _module("_prototype_gradient_triton")
     programs, weight_bytes, partial_bytes = LIMITS[request.param]
     for name in ("POOL_PLANES", "POOL_PIXELS", "SCATTER"):
         monkeypatch.setattr(pool, name, _one(TINY))
-    for name in ("FORWARD_PLANES", "FORWARD_PIXELS", "BACKWARD_ONE", "GRAD_QUERY", "GRAD_UNITS"):
+    for name in ("FORWARD_PLANES", "FORWARD_PIXELS"):
         monkeypatch.setattr(prototypes, name, _one(TINY))
-    for module in (pool, prototypes):
+    for name in ("BACKWARD_ONE", "GRAD_QUERY", "GRAD_UNITS"):
+        monkeypatch.setattr(gradient, name, _one(TINY))
+    for module in (pool, gradient):
         monkeypatch.setattr(module, "_PROGRAMS", programs)
         monkeypatch.setattr(module, "_PARTIAL_BYTES", partial_bytes)
-    monkeypatch.setattr(prototypes, "_LEAST_PIXELS", 16)
+    monkeypatch.setattr(gradient, "_LEAST_PIXELS", 16)
     monkeypatch.setattr(prototypes, "_UNIT_BYTES", weight_bytes)
     monkeypatch.setattr(weights, "_WEIGHT_BYTES", weight_bytes)
 

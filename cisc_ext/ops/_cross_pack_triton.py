@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import _triton
 from ._bilinear import nearest_rows
+from ._triton import image_offsets
 
 _RESIDENT = 256
 """Channels up to which a tile of the query is held as a whole."""
@@ -196,7 +197,7 @@ def pack_rows(  # type: ignore[no-untyped-def]
     pixel = row.to(tl.int64)
     if ORDERED:
         pixel = tl.load(order + b * pixels + row, mask=inside, other=0)
-    vector = image + b * image_stride_b + pixel // columns * image_stride_h + pixel % columns * image_stride_w
+    vector = image + b * image_stride_b + image_offsets(pixel, columns, image_stride_h, image_stride_w, False)
     channel = tl.arange(0, CHUNK)
     largest = tl.zeros([BLOCK], tl.float32)
     not_finite = tl.zeros([BLOCK], tl.float32)

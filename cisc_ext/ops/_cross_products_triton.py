@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._triton import dot
+from ._triton import dot, rounded
 
 
 @triton.jit
@@ -118,12 +118,6 @@ def unit_vectors(packed, scale, row, mask, channel, WIDTH: tl.constexpr, SPLIT: 
 
 
 @triton.jit
-def pixel_offset(pixel, columns, stride_h, stride_w):  # type: ignore[no-untyped-def]
-    """Of pixels (int32) in an image."""
-    return (pixel // columns).to(tl.int64) * stride_h + (pixel % columns).to(tl.int64) * stride_w
-
-
-@triton.jit
 def store_through_norm(  # type: ignore[no-untyped-def]
     gradient,  # of the unit vectors, [ROWS,CHUNK]
     along,  # [ROWS]
@@ -133,7 +127,8 @@ def store_through_norm(  # type: ignore[no-untyped-def]
     channel,
     stride_c,
     mask,
+    WIDEN: tl.constexpr,
 ):
     value = (gradient - along[:, None] * unit) * inverse[:, None]
     place = target[:, None] + (channel.to(tl.int64) * stride_c)[None, :]
-    tl.store(place, value.to(target.dtype.element_ty), mask=mask)
+    tl.store(place, rounded(value, target.dtype.element_ty, WIDEN), mask=mask)

@@ -14,14 +14,13 @@ from ._cross_products_triton import (
     column_sizes,
     decode,
     load_tile,
-    pixel_offset,
     products,
     store_through_norm,
     tile_share,
     unit_vectors,
     whole_tiles,
 )
-from ._triton import dot
+from ._triton import dot, image_offsets
 
 
 @triton.jit
@@ -437,5 +436,5 @@ def sweep_gradient(  # type: ignore[no-untyped-def]
         here, here_scale, (b * here_pixels + row)[:, None], mask, channel[None, :], WIDTH, SPLIT
     )
     inverse = tl.load(here_inverse + b * here_pixels + row, mask=inside, other=0.0)
-    pointer = out + b * stride_b + pixel_offset(pixel, columns, stride_h, stride_w)
-    store_through_norm(result, along, unit, inverse, pointer, channel, stride_c, mask)
+    pointer = out + b * stride_b + image_offsets(pixel, columns, stride_h, stride_w, False)
+    store_through_norm(result, along, unit, inverse, pointer, channel, stride_c, mask, WIDEN)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._cross_products_triton import pixel_offset, store_through_norm, unit_vectors
+from ._cross_products_triton import store_through_norm, unit_vectors
+from ._triton import image_offsets
 
 ENTRIES = 64
 """Entries whose total is made first."""
@@ -159,6 +160,7 @@ def segment_gradients(  # type: ignore[no-untyped-def]
     CHUNK: tl.constexpr,
     PADDED: tl.constexpr,
     SPLIT: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):
     """Gradient to each target: the sum over its entries, through the norm of its vector."""
     program = tl.program_id(0)
@@ -168,7 +170,7 @@ def segment_gradients(  # type: ignore[no-untyped-def]
     begin = tl.load(bounds + b * (targets + 1) + target, mask=inside, other=0)
     end = tl.load(bounds + b * (targets + 1) + target + 1, mask=inside, other=0)
     inverse = tl.load(target_inverse + b * targets + target, mask=inside, other=0.0)
-    pointer = out + b * stride_b + pixel_offset(target, columns, stride_h, stride_w)
+    pointer = out + b * stride_b + image_offsets(target, columns, stride_h, stride_w, False)
     own = (b * targets + target)[:, None]
     WIDTH: tl.constexpr = 2 * PADDED if SPLIT else PADDED
     along = tl.zeros([ROWS], tl.float32)
@@ -182,7 +184,7 @@ def segment_gradients(  # type: ignore[no-untyped-def]
         unit = unit_vectors(target_packed, target_scale, own, mask, channel[None, :], WIDTH, SPLIT)
         along += tl.sum(total * unit, 1)
         if CHUNK == PADDED:
-            store_through_norm(total, along, unit, inverse, pointer, channel, stride_c, mask)
+            store_through_norm(total, along, unit, inverse, pointer, channel, stride_c, mask, WIDEN)
     if CHUNK < PADDED:
         for c in range(0, PADDED, CHUNK):
             channel = c + tl.arange(0, CHUNK)
@@ -192,7 +194,7 @@ def segment_gradients(  # type: ignore[no-untyped-def]
                 channels, chunks, ROWS, UNROLLED, ENTRIES, CHUNK, WIDTH, SPLIT, True,
             )  # fmt: skip
             unit = unit_vectors(target_packed, target_scale, own, mask, channel[None, :], WIDTH, SPLIT)
-            store_through_norm(total, along, unit, inverse, pointer, channel, stride_c, mask)
+            store_through_norm(total, along, unit, inverse, pointer, channel, stride_c, mask, WIDEN)
 
 
 @triton.jit
@@ -293,6 +295,7 @@ def gather_gradients(  # type: ignore[no-untyped-def]
     SPLIT: tl.constexpr,
     PACKED: tl.constexpr,
     ORDERED: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):
     """Gradient to each pixel: the weighted sum of some rows of a table, through the norm of its vector."""
     program = tl.program_id(0)
@@ -303,7 +306,7 @@ def gather_gradients(  # type: ignore[no-untyped-def]
     pixel = row
     if ORDERED:
         pixel = tl.load(order + b * pixels + row, mask=inside, other=0).to(tl.int32)
-    pointer = out + b * stride_b + pixel_offset(pixel, columns, stride_h, stride_w)
+    pointer = out + b * stride_b + image_offsets(pixel, columns, stride_h, stride_w, False)
     WIDTH: tl.constexpr = 2 * PADDED if SPLIT else PADDED
     own = (b * pixels + row)[:, None]
     along = tl.zeros([ROWS], tl.float32)
@@ -338,7 +341,7 @@ def gather_gradients(  # type: ignore[no-untyped-def]
             if p == 0:
                 along += tl.sum(total * unit, 1)
             if p == PASSES - 1:
-                store_through_norm(total, along, unit, inverse, pointer, channel, stride_c, mask)
+                store_through_norm(total, along, unit, inverse, pointer, channel, stride_c, mask, WIDEN)
 
 
 @triton.jit

@@ -59,6 +59,7 @@ def gather(
         SPLIT=made.split,
         PACKED=packed,
         ORDERED=own.order is not None,
+        WIDEN=_triton.INTERPRETED,
         num_warps=4,
     )
 
@@ -146,5 +147,6 @@ def winners_backward(
         CHUNK=made.chunk,
         PADDED=made.padded,
         SPLIT=made.split,
+        WIDEN=_triton.INTERPRETED,
         num_warps=8,
     )

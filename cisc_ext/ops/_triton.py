@@ -80,3 +80,45 @@ def dot(a, b, acc, PRECISION: tl.constexpr, WIDEN: tl.constexpr):  # type: ignor
     else:
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     return acc
+
+
+def precision() -> str:
+    """Of products of float32, as torch is told."""
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def flat(image: Tensor) -> bool:
+    """Whether the pixels of an image [B,C,h,w] lie at even distances."""
+    return image.shape[2] == 1 or image.stride(2) == image.shape[3] * image.stride(3)
+
+
+def block(size: int, most: int, least: int) -> int:
+    """A power of 2 that covers `size`, from `least` to `most`."""
+    return min(most, max(next_power_of_2(size), least))
+
+
+def parts(count: int, bytes_each: int, most: int) -> list[slice]:
+    """Ranges that take `most` bytes together, or of one that takes more."""
+    step = max(1, most // max(1, bytes_each))
+    return [slice(first, min(first + step, count)) for first in range(0, count, step)]
+
+
+@triton.jit
+def image_offsets(pixel, width, stride_y, stride_x, FLAT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Where pixels of an image lie; FLAT: all `stride_x` apart."""
+    if FLAT:
+        offset = pixel.to(tl.int64) * stride_x
+    else:
+        offset = (pixel // width).to(tl.int64) * stride_y + (pixel % width).to(tl.int64) * stride_x
+    return offset
+
+
+@triton.jit
+def rounded(value, DTYPE: tl.constexpr, WIDEN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """float32 in another type. Triton's interpreter gets bfloat16 below the normal range wrong: WIDEN."""
+    if WIDEN and tl.bfloat16 == DTYPE:
+        bits = value.to(tl.int32, bitcast=True)
+        upper = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        upper = tl.where(value == value, upper, 0x7FC0)
+        return upper.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return value.to(DTYPE)

@@ -8,7 +8,6 @@ the packed rows are 2 C (N + M) bytes a pair, or twice that.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -153,18 +152,12 @@ def _row_bytes(made: Form) -> int:
     return made.chunk * made.dtype.itemsize * (2 if made.split else 1)
 
 
-def _parts(count: int, bytes_each: int, most: int) -> Iterator[slice]:
-    """Ranges of images or slots that take `most` bytes together, or one that takes more."""
-    step = max(1, most // max(1, bytes_each))
-    return (slice(first, min(first + step, count)) for first in range(0, count, step))
-
-
-def _groups(query: Tensor, guide: Tensor, made: Form, workspace_bytes: int = 0) -> Iterator[slice]:
+def _groups(query: Tensor, guide: Tensor, made: Form, workspace_bytes: int = 0) -> list[slice]:
     """Images whose packed rows, and workspace of so many bytes each, are held at once."""
     pixels = query.shape[2] * query.shape[3] + guide.shape[2] * guide.shape[3]
     packed = pixels * made.width * made.dtype.itemsize
     each = max(packed, workspace_bytes * (_IN_FLIGHT_BYTES // _WORKSPACE_BYTES))
-    return _parts(query.shape[0], each, _IN_FLIGHT_BYTES)
+    return _triton.parts(query.shape[0], each, _IN_FLIGHT_BYTES)
 
 
 def _by_class(
@@ -213,7 +206,7 @@ def forward(
         if reduction == "mean":
             mean(made, *sides, found, few_labels(guide_labels), similarity[images])
         each = _STATE_BYTES * sides[0].scale.numel()
-        for slots in _parts(shape[1], each, _WORKSPACE_BYTES):
+        for slots in _triton.parts(shape[1], each, _WORKSPACE_BYTES):
             some = found.of(slots)
             here, saved_here = similarity[images, slots], saved[images, slots] if saved.dim() > 1 else saved
             index_here = index[images, slots] if indexed else None

@@ -24,6 +24,7 @@ from . import _checks as checks
 from . import _triton
 from ._class_weights_triton import ClassWeights, Piece
 from ._tiles import Row, Tile, Tiles
+from ._triton import image_offsets, rounded
 
 _NAME = "masked_average_pool"
 
@@ -79,27 +80,6 @@ SCATTER = Tiles(
         {"CB": 128, "PB": 64, "num_warps": 8, "num_stages": 1},
     ),
 )
-
-
-@triton.jit
-def image_offsets(pixel, width, stride_y, stride_x, FLAT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Where pixels of an image lie; FLAT: all `stride_x` apart."""
-    if FLAT:
-        offset = pixel.to(tl.int64) * stride_x
-    else:
-        offset = (pixel // width).to(tl.int64) * stride_y + (pixel % width).to(tl.int64) * stride_x
-    return offset
-
-
-@triton.jit
-def rounded(value, DTYPE: tl.constexpr, WIDEN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """float32 in another type. Triton's interpreter gets bfloat16 below the normal range wrong: WIDEN."""
-    if WIDEN and tl.bfloat16 == DTYPE:
-        bits = value.to(tl.int32, bitcast=True)
-        upper = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        upper = tl.where(value == value, upper, 0x7FC0)
-        return upper.to(tl.int16).to(tl.bfloat16, bitcast=True)
-    return value.to(DTYPE)
 
 
 @triton.jit
@@ -392,11 +372,6 @@ def _chunks(blocks: int, others: int, most: int) -> tuple[int, int]:
     return -(-blocks // each), each
 
 
-def precision() -> str:
-    """Of products of float32, as torch is told."""
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-
-
 def forward(
     features: Tensor,  # [B,C,h,w]
     labels: Tensor,  # [B,H,W]
@@ -478,7 +453,7 @@ def _pool_images(
             PB=pixel_block,
             SB=slot_block,
             ONE=one,
-            PRECISION=precision(),
+            PRECISION=_triton.precision(),
             WIDEN=_triton.INTERPRETED,
             num_warps=tile["num_warps"],
             num_stages=tile["num_stages"],
@@ -577,7 +552,7 @@ def _scatter_piece(
         SB=slot_block,
         DOT=product,
         HOIST=slots <= slot_block,
-        PRECISION=precision(),
+        PRECISION=_triton.precision(),
         WIDEN=_triton.INTERPRETED,
         num_warps=tile["num_warps"],
         num_stages=tile["num_stages"],
