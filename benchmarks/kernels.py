@@ -119,7 +119,7 @@ def trial(key: Key, contender: Contender, threads: int, limit_s: float) -> dict[
     case = _cached_case(*key)
     call = contender.call(case, whole=True)
     few = None if contender.rival else narrowed(case)
-    first_s = rivals.timed_s(call if few is None else contender.call(few, whole=True))  # loads and compiles
+    first_s = measure.timed_s(call if few is None else contender.call(few, whole=True))  # loads and compiles
     if few is None and first_s > limit_s:
         return {"seconds": first_s, "extra_mib": None}
     seconds, extra = _counted(call, case.device)
@@ -222,8 +222,8 @@ def _too_large(case: Case, rival: rivals.Rival, peak: float) -> str | None:
     if needed > cap:
         return f"needs {needed / 2**30:.1f} GiB at least, {cap / 2**30:.1f} GiB may be used"
     least = _least_s(rival.flops(case), peak)
-    if least > rivals.LIMIT_S:
-        return _too_long(least, rivals.LIMIT_S)
+    if least > measure.LIMIT_S:
+        return _too_long(least, measure.LIMIT_S)
     return None
 
 
@@ -245,8 +245,8 @@ def _agreed(case: Case, contender: Contender, call: Call, wanted: Result) -> str
     )
     begin = time.monotonic()
     result = call()
-    if contender.rival and time.monotonic() - begin > rivals.LIMIT_S:
-        return _took_too_long(time.monotonic() - begin, rivals.LIMIT_S)
+    if contender.rival and time.monotonic() - begin > measure.LIMIT_S:
+        return _took_too_long(time.monotonic() - begin, measure.LIMIT_S)
     if low_winners:  # a rival that normalises in low precision finds other winners, and other gradients
         return None
     return off(case, result, wanted)
@@ -278,11 +278,11 @@ def _admit_rivals(
             if reason:
                 raise CannotRunError(reason)
             last = Contender(rival.name, True, rival.chunks[-1])
-            tried = trials.run(key, last, settings.threads, rivals.LIMIT_S)
+            tried = trials.run(key, last, settings.threads, measure.LIMIT_S)
             chunk = rival.chunks[0] if settings.quick else rivals.best_chunk(case, rival)
             contender = Contender(rival.name, True, chunk)
             if contender.chunk != rival.chunks[-1]:
-                tried = trials.run(key, contender, settings.threads, rivals.LIMIT_S)
+                tried = trials.run(key, contender, settings.threads, measure.LIMIT_S)
             call = contender.call(case)
             reason = _agreed(case, contender, call, wanted)
             if reason:
@@ -359,7 +359,7 @@ def measure_case(
     case = make_case(*key)
     peak = ceiling["flops"][case.dtype_name]
     least_s = _least_s(case.operator.cost(case.inputs, case.passes).flops, peak)
-    wanted = expected(case, few=least_s > rivals.LIMIT_S)
+    wanted = expected(case, few=least_s > measure.LIMIT_S)
     own: list[Entry] = []
     for implementation in case.operator.implementations:
         if names and implementation.name not in names:
@@ -375,7 +375,7 @@ def measure_case(
             if reasons:
                 raise CannotRunError("; ".join(reasons))
             # The reference is plain torch as well: it has the rivals' limit.
-            limit_s = rivals.LIMIT_S if implementation.name == "reference" else OWN_LIMIT_S
+            limit_s = measure.LIMIT_S if implementation.name == "reference" else OWN_LIMIT_S
             if least_s > limit_s:
                 raise CannotRunError(_too_long(least_s, limit_s))
             tried = trials.run(key, contender, settings.threads, limit_s)

@@ -31,6 +31,8 @@ _MOST_ROUNDS = 30
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _MIB = 2**20
 _FLUSH_BYTES = 256 * _MIB
+LIMIT_S = 5.0
+"""Longest run of a rival; it is left out where it takes longer."""
 
 
 def peak_extra_mib(fn: Callable[[], Any], *, device: str = "cpu", warm_up: bool = True) -> float:
@@ -153,3 +155,12 @@ def _nbytes(kept: Any) -> int:
     if isinstance(kept, (list, tuple)) or hasattr(kept, "__iter__"):
         return sum(_nbytes(one) for one in kept)
     return 0
+
+
+def timed_s(call: Callable[[], Any]) -> float:
+    """Seconds of a call, from its start to the end of what it launched."""
+    begin = time.perf_counter()
+    call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin

@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks.cases import make_case
 from benchmarks.machine import ROOT
-from benchmarks.rivals import naive_bytes
+from benchmarks.rival_counts import naive_bytes
 from cisc_ext.files import atomic_write
 
 Row = dict[str, Any]

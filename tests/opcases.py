@@ -44,12 +44,12 @@ CASES = [
 ]
 
 
-def dtype_choices(operator: Operator) -> Iterator[tuple[torch.dtype, ...]]:
+def dtype_choices(operator: Operator, *, mixed: bool = True) -> Iterator[tuple[torch.dtype, ...]]:
     """Dtypes of `operator.features`: all alike in each precision, then mixed."""
     low = (torch.float32, torch.bfloat16, torch.float16)
     for dtype in low:
         yield (dtype,) * len(operator.features)
-    if len(operator.features) == 2:
+    if mixed and len(operator.features) == 2:
         yield from (
             (torch.float32, torch.bfloat16),
             (torch.float16, torch.float32),
@@ -92,6 +92,11 @@ def skip_unless_able(
     )
     if reasons:
         pytest.skip("; ".join(reasons))
+
+
+def is_interpreted(implementation: Implementation, device: str) -> bool:
+    """Whether Triton's interpreter runs it, which takes a hundred times as long as the others."""
+    return implementation.name == "triton" and device == "cpu"
 
 
 def cotangent(like: Tensor) -> Tensor:
