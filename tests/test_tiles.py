@@ -25,7 +25,7 @@ TABLE = Tiles(
         Row({"BLOCK": 64, "num_warps": 2}, at_most={"N": 64}),
         Row({"BLOCK": 128, "num_warps": 4}),
     ),
-    candidates=({"BLOCK": 32, "num_warps": 1}, {"BLOCK": 128, "num_warps": 4}),
+    candidates=({"BLOCK": 32, "num_warps": 1, "maxnreg": 255}, {"BLOCK": 128, "num_warps": 4}),
 )
 TIMES = {256: 5.0, 128: 3.0, 64: 4.0, 32: 1.0}
 KEY = "made interpreter C256 N65"
@@ -95,8 +95,8 @@ def test_a_search_takes_the_fastest_once(
     assert TABLE.run(timed, AMPERE, CPU, LARGE) == 32
     assert capsys.readouterr().err.splitlines() == [
         f"{KEY}: BLOCK=128 num_warps=4: 3.0000 ms",
-        f"{KEY}: BLOCK=32 num_warps=1: 1.0000 ms",
-        f"{KEY}: best BLOCK=32 num_warps=1",
+        f"{KEY}: BLOCK=32 num_warps=1 maxnreg=255: 1.0000 ms",
+        f"{KEY}: best BLOCK=32 num_warps=1 maxnreg=255",
     ]
     before = len(timed.tiles)
     assert TABLE.run(timed, AMPERE, CPU, LARGE) == 32
@@ -112,7 +112,10 @@ def test_a_candidate_that_cannot_run_is_passed_over(
     monkeypatch.setenv("CISC_AUTOTUNE", "1")
     timed.failing = (32,)
     assert TABLE.run(timed, AMPERE, CPU, LARGE) == 128
-    assert f"{KEY}: BLOCK=32 num_warps=1: RuntimeError: out of resource: 32" in capsys.readouterr().err
+    assert (
+        f"{KEY}: BLOCK=32 num_warps=1 maxnreg=255: RuntimeError: out of resource: 32"
+        in capsys.readouterr().err
+    )
     timed.failing = (64,)
     with pytest.raises(RuntimeError, match="out of resource: 64"):
         TABLE.run(timed, AMPERE, CPU, SMALL)
@@ -124,8 +127,8 @@ def test_what_is_stored_is_read_by_later_runs(timed: Launches, monkeypatch: pyte
     TABLE.run(timed, AMPERE, CPU, SMALL)
     stored = json.loads(_tiles.path().read_text())
     assert stored == {
-        KEY: {"BLOCK": 32, "num_warps": 1},
-        "made interpreter C256 N64": {"BLOCK": 32, "num_warps": 1},
+        KEY: {"BLOCK": 32, "num_warps": 1, "maxnreg": 255},
+        "made interpreter C256 N64": {"BLOCK": 32, "num_warps": 1, "maxnreg": 255},
     }
     assert [path.name for path in _tiles.path().parent.iterdir()] == ["tiles.json"], (
         "written beside, then moved"

@@ -45,7 +45,9 @@ def tiny_cross(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(host, "_IN_FLIGHT_BYTES", 1)
     monkeypatch.setattr(host, "_WORKSPACE_BYTES", 1)
     monkeypatch.setattr(host, "_MOST_WINNERS", 2)
+    monkeypatch.setattr(host, "_SUMMED_TILES", 2)
     monkeypatch.setattr(_module("_cross_sums_triton"), "ENTRIES", 16)
+    monkeypatch.setattr(_module("_cross_means_triton"), "_TABLE_BYTES", 1)
     return host
 
 
@@ -78,6 +80,50 @@ def test_cross_similarity(
     }
     mode = {"query_labels": labels[1]} if own else {"classes": torch.tensor([[2, 0, 7], [1, -1, 1]])}
     _judge("cross_similarity", inputs | mode, device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("reduction", ["max", "softmax"])
+def test_parts_of_the_guide_without_a_tile(
+    reduction: str, own: bool, device: str, tiny_cross: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few query pixels: the guide is split as if one class had all of it."""
+    monkeypatch.setattr(_module("_triton"), "_INTERPRETED_MULTIPROCESSORS", 64)
+    labels = torch.tensor([0] * 5 + [1] * 17 + [2] * 33 + [3] * 285)[torch.randperm(340)].view(1, 17, 20)
+    inputs: dict[str, Any] = {
+        "query": torch.randn(1, 8, 3, 4),
+        "guide": torch.randn(1, 8, 17, 20),
+        "guide_labels": labels,
+        "reduction": reduction,
+        "return_index": True,
+    }
+    mode = {"query_labels": labels[:, :3, :4]} if own else {"classes": torch.arange(4)[None]}
+    _judge("cross_similarity", inputs | mode, device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_long_sum(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal terms, whose rounding errors add up."""
+    monkeypatch.setattr(_module("_triton"), "_INTERPRETED_MULTIPROCESSORS", 1)
+    guide = torch.randn(1, 4, 1, 1).expand(-1, -1, 128, 512)
+    inputs: dict[str, Any] = {
+        "query": torch.randn(1, 4, 1, 3),
+        "guide": guide,
+        "guide_labels": torch.zeros(1, 128, 512, dtype=torch.uint8),
+        "classes": torch.zeros(1, 1, dtype=torch.int64),
+        "reduction": "softmax",
+    }
+    with torch.no_grad():
+        operator = OPERATORS["cross_similarity"]
+        placed = {
+            key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()
+        }
+        (triton,) = (one for one in operator.implementations if one.name == "triton")
+        skip_unless_able(operator, triton, placed)
+        got = operator.function(**placed, impl="triton").cpu()
+        exact = torch.cosine_similarity(inputs["query"].double(), guide[..., :1, :1].double())
+    assert (got[:, 0] - exact).abs().max() < 16 * torch.finfo(torch.float32).eps
 
 
 @pytest.mark.parametrize("device", DEVICES)

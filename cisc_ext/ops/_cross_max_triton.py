@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._cross_products_triton import column_sizes, decode, load_tile, products, tile_share, whole_tiles
+from ._cross_products_triton import column_sizes, decode, load_tile, products, tile_share
 
 LANES = 8
 """Running results of a row; also bits of a mask, so not more than eight."""
@@ -54,7 +54,7 @@ def _step_max(  # type: ignore[no-untyped-def]
         size = column_sizes(guide_scale, b, guide_pixels, first, stop, BLOCK_GUIDE, WHOLE)
     cosine = products(
         query, high, low, query_first, query_limit, guide, base + first, guide_limit,
-        BLOCK_QUERY, BLOCK_GUIDE, CHUNK, CHUNKS, SPLIT, DESCRIPTOR, WIDEN,
+        BLOCK_QUERY, BLOCK_GUIDE, CHUNK, CHUNKS, SPLIT, DESCRIPTOR, False, WIDEN,
     )  # fmt: skip
     if not DESCRIPTOR:
         size = column_sizes(guide_scale, b, guide_pixels, first, stop, BLOCK_GUIDE, WHOLE)
@@ -95,8 +95,7 @@ def _scan_max(  # type: ignore[no-untyped-def]
     DESCRIPTOR: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    begin, end = tile_share(start, stop, split, splits, BLOCK_GUIDE)
-    whole = whole_tiles(start, stop, end, BLOCK_GUIDE)
+    begin, whole, end = tile_share(start, stop, split, splits, BLOCK_GUIDE)
     for t in range(begin, whole):
         best, place = _step_max(
             best, place, t, rows_in, query, high, low, query_first, query_limit, guide, guide_scale, b,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,8 @@ from ._cross_winners_triton import gather
 
 _ROWS = 16
 _UNROLLED = 32
+_TABLE_BYTES = 2**23
+"""Of means that are held at once; the next ones are made before these are let go."""
 
 
 def few_labels(labels: Tensor) -> int | None:
@@ -34,8 +38,11 @@ class Means:
             one = torch.arange(slots, device=guide.scale.device).expand_as(found.start)
             self.idx = torch.where(found.start < found.stop, one, -1)[:, :, None]  # [B,S,1]
         self.counts = (self.stops - self.starts).to(torch.float32)
-        ones = torch.ones_like(guide.scale)
-        self.means = segment_means(made, guide, ones, self.starts, self.stops, self.counts)
+        self.rows = made, guide, torch.ones_like(guide.scale)
+
+    def tables(self) -> Iterator[tuple[int, Tensor]]:
+        """The means in parts, each with the number of its first."""
+        return tables(*self.rows, self.starts, self.stops, self.counts)
 
     def strides(self) -> tuple[int, int, int]:
         """Of `idx`, for a kernel that goes through all rows."""
@@ -53,6 +60,16 @@ def runs(ends: Tensor, labels: int | None) -> tuple[Tensor, Tensor, Tensor]:
     starts = torch.searchsorted(rank, numbers).to(torch.int32)
     stops = torch.searchsorted(rank, numbers, right=True).to(torch.int32)
     return starts, stops, rank
+
+
+def tables(
+    made: Form, rows: Rows, share: Tensor, starts: Tensor, stops: Tensor, divisor: Tensor
+) -> Iterator[tuple[int, Tensor]]:
+    """`segment_means` of as many ranges as may be held at once, with the number of the first one."""
+    batch, channels = rows.image.shape[:2]
+    for some in _triton.parts(starts.shape[1], batch * channels * 4, _TABLE_BYTES):
+        ends = (each[:, some].contiguous() for each in (starts, stops, divisor))
+        yield some.start, segment_means(made, rows, share, *ends)
 
 
 def segment_means(
@@ -118,33 +135,34 @@ def mean(
     found: Ranges,
     labels: int | None,
     # outputs
-    similarity: Tensor,  # [B,S,h,w]
+    similarity: Tensor,  # [B,S,h,w], zeros
 ) -> None:
     batch, slots = similarity.shape[:2]
     means = Means(made, guide, found, labels, slots)
     blocks = -(-query.pixels // _ROWS)
-    _triton.launch(
-        sums.mean_cosines,
-        batch * slots * blocks,
-        query.packed,
-        query.scale,
-        means.means,
-        means.idx,
-        tensor_or(query.order, found.guide_order),
-        *means.strides(),
-        query.pixels,
-        means.means.shape[1],
-        slots,
-        query.image.shape[1],
-        blocks,
-        similarity,
-        ROWS=_ROWS,
-        CHUNK=made.piece,
-        PADDED=made.padded,
-        SPLIT=made.split,
-        ORDERED=found.own,
-        num_warps=4,
-    )
+    for first, table in means.tables():
+        _triton.launch(
+            sums.mean_cosines,
+            batch * slots * blocks,
+            query.packed,
+            query.scale,
+            table,
+            means.idx - first,
+            tensor_or(query.order, found.guide_order),
+            *means.strides(),
+            query.pixels,
+            table.shape[1],
+            slots,
+            query.image.shape[1],
+            blocks,
+            similarity,
+            ROWS=_ROWS,
+            CHUNK=made.piece,
+            PADDED=made.padded,
+            SPLIT=made.split,
+            ORDERED=found.own,
+            num_warps=4,
+        )
 
 
 def mean_backward(
@@ -163,27 +181,24 @@ def mean_backward(
     if found.query_order is not None:
         grad = grad.gather(2, found.query_order[:, None])
     if grad_query is not None:
-        idx = means.idx.expand(-1, -1, pixels)
-        gather(made, means.means, idx, grad, 1, query, grad_query)
+        for first, table in means.tables():
+            idx = (means.idx - first).expand(-1, -1, pixels)
+            gather(made, table, idx, grad, 1, query, grad_query, accumulate=first > 0)
     if grad_guide is None:
         return
     if found.own:
         starts, stops, rank = runs(found.query_end, labels[1])
-        back = segment_means(
-            made, query, grad[:, 0], starts, stops, torch.ones_like(starts, dtype=torch.float32)
-        )
-        first = found.back_start.clamp(max=pixels - 1).to(torch.int64)
-        idx = torch.where(found.back_start < found.back_stop, rank.gather(1, first), -1)[:, None]
+        ones = torch.ones_like(starts, dtype=torch.float32)
+        run = found.back_start.clamp(max=pixels - 1).to(torch.int64)
+        idx = torch.where(found.back_start < found.back_stop, rank.gather(1, run), -1)[:, None]
         _, _, guide_rank = runs(found.guide_end, labels[0])
         weight = (1 / means.counts.clamp(min=1)).gather(1, guide_rank)[:, None]
+        for number, sums_here in tables(made, query, grad[:, 0], starts, stops, ones):
+            there = idx - number
+            gather(made, sums_here, there, weight, 1, guide, grad_guide, accumulate=number > 0)
     else:
         start, stop = (torch.full_like(found.start[:, :1], end) for end in (0, pixels))
         one = torch.ones_like(start, dtype=torch.float32)
-        sums = [segment_means(made, query, grad[:, s].contiguous(), start, stop, one) for s in range(slots)]
-        back = torch.cat(sums, 1)
-        row = torch.arange(guide.pixels, device=grad.device)
-        member = (row >= found.start[..., None]) & (row < found.stop[..., None])
-        slot = torch.arange(slots, device=grad.device)[:, None]
-        idx = torch.where(member, slot, -1)
+        back = [segment_means(made, query, grad[:, s].contiguous(), start, stop, one) for s in range(slots)]
         weight = (1 / means.counts.clamp(min=1))[..., None].expand(-1, -1, guide.pixels)
-    gather(made, back, idx, weight, 1, guide, grad_guide)
+        gather(made, torch.cat(back, 1), (found.start, found.stop), weight, 1, guide, grad_guide)

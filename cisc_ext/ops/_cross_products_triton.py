@@ -45,9 +45,13 @@ def products(  # type: ignore[no-untyped-def]
     CHUNKS: tl.constexpr,
     SPLIT: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
+    SWAPPED: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """Products of rows [ROWS,COLUMNS]; those with what rounding took away come first."""
+    """Products of rows [ROWS,COLUMNS]; those with what rounding took away come first.
+
+    SWAPPED: the sides have changed places, and a sum must have the bits that it has when they have not.
+    """
     PADDED: tl.constexpr = CHUNK * CHUNKS
     WIDTH: tl.constexpr = 2 * PADDED if SPLIT else PADDED
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -58,8 +62,12 @@ def products(  # type: ignore[no-untyped-def]
             if PADDED <= 64:
                 # With few channels the smallest products count too: errors average out less.
                 total = dot(low, tl.trans(rest), total, "tf32", WIDEN)
-            total = dot(high, tl.trans(rest), total, "tf32", WIDEN)
-            total = dot(low, tl.trans(other), total, "tf32", WIDEN)
+            if SWAPPED:
+                total = dot(low, tl.trans(other), total, "tf32", WIDEN)
+                total = dot(high, tl.trans(rest), total, "tf32", WIDEN)
+            else:
+                total = dot(high, tl.trans(rest), total, "tf32", WIDEN)
+                total = dot(low, tl.trans(other), total, "tf32", WIDEN)
         total = dot(high, tl.trans(other), total, "tf32", WIDEN)
     else:
         for c in range(0, PADDED, CHUNK):
@@ -70,8 +78,12 @@ def products(  # type: ignore[no-untyped-def]
                 rest = load_tile(
                     there, there_first, PADDED + c, there_limit, COLUMNS, CHUNK, WIDTH, DESCRIPTOR
                 )
-                total = dot(own, tl.trans(rest), total, "tf32", WIDEN)
-                total = dot(own_rest, tl.trans(other), total, "tf32", WIDEN)
+                if SWAPPED:
+                    total = dot(own_rest, tl.trans(other), total, "tf32", WIDEN)
+                    total = dot(own, tl.trans(rest), total, "tf32", WIDEN)
+                else:
+                    total = dot(own, tl.trans(rest), total, "tf32", WIDEN)
+                    total = dot(own_rest, tl.trans(other), total, "tf32", WIDEN)
             total = dot(own, tl.trans(other), total, "tf32", WIDEN)
     return total
 
@@ -86,17 +98,15 @@ def column_sizes(scale, b, pixels, first, stop, BLOCK: tl.constexpr, WHOLE: tl.c
 
 @triton.jit
 def tile_share(start, stop, split, splits, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """First and last tile of start..stop that are this split's."""
+    """The tiles of start..stop that are this split's: the first, the end of the whole ones, the end.
+
+    A split that is left without a tile gets 0 for both ends.
+    """
     tiles = (stop - start + BLOCK - 1) // BLOCK
     each = (tiles + splits - 1) // splits
-    first = tl.minimum(split * each, tiles)
-    return first, tl.minimum(first + each, tiles)
-
-
-@triton.jit
-def whole_tiles(start, stop, end, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """End of the tiles that are whole, among those up to `end`."""
-    return tl.minimum(end, (stop - start) // BLOCK)
+    first = split * each
+    end = tl.where(first < tiles, tl.minimum(first + each, tiles), 0)
+    return first, tl.minimum(end, (stop - start) // BLOCK), end
 
 
 @triton.jit
@@ -127,8 +137,11 @@ def store_through_norm(  # type: ignore[no-untyped-def]
     channel,
     stride_c,
     mask,
+    ACCUMULATE: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
     value = (gradient - along[:, None] * unit) * inverse[:, None]
     place = target[:, None] + (channel.to(tl.int64) * stride_c)[None, :]
+    if ACCUMULATE:
+        value += tl.load(place, mask=mask, other=0.0).to(tl.float32)
     tl.store(place, rounded(value, target.dtype.element_ty, WIDEN), mask=mask)

@@ -1,8 +1,11 @@
 """Softmax of `cross_similarity`, forward and backward.
 
 Forward goes through the guide as the row maximum does, with a running maximum for each of eight running
-sums of a row. Backward compares all pairs again, once with the query's tiles staying and once with the
-guide's.
+sums of a row, which are put together every few tiles. Backward compares all pairs again, once with the
+query's tiles staying and once with the guide's.
+
+A small temperature magnifies what two cosines differ by, so those of a pair must have the same bits wherever
+they are computed: multiplications and additions are not fused here.
 """
 
 from __future__ import annotations
@@ -18,7 +21,6 @@ from ._cross_products_triton import (
     store_through_norm,
     tile_share,
     unit_vectors,
-    whole_tiles,
 )
 from ._triton import dot, image_offsets
 
@@ -59,9 +61,9 @@ def _step_softmax(  # type: ignore[no-untyped-def]
     size = column_sizes(guide_scale, b, guide_pixels, first, stop, BLOCK_GUIDE, WHOLE)
     product = products(
         query, high, low, query_first, query_limit, guide, base + first, guide_limit,
-        BLOCK_QUERY, BLOCK_GUIDE, CHUNK, CHUNKS, SPLIT, DESCRIPTOR, WIDEN,
+        BLOCK_QUERY, BLOCK_GUIDE, CHUNK, CHUNKS, SPLIT, DESCRIPTOR, False, WIDEN,
     )  # fmt: skip
-    # As backward computes it: where one pixel outweighs the others, its cosine is the mean, to the last bit.
+    # Where one pixel outweighs the others, its cosine is the mean to the last bit.
     product *= size[None, :] * query_size[:, None]
     exponent = product * sharpness
     if not WHOLE:
@@ -82,7 +84,7 @@ def _step_softmax(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _scan_softmax(  # type: ignore[no-untyped-def]
-    top,
+    top,  # [BLOCK_QUERY]
     total,
     weighted,
     rows_in,
@@ -105,26 +107,37 @@ def _scan_softmax(  # type: ignore[no-untyped-def]
     BLOCK_QUERY: tl.constexpr,
     BLOCK_GUIDE: tl.constexpr,
     LANES: tl.constexpr,
+    SUMMED: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
     SPLIT: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    begin, end = tile_share(start, stop, split, splits, BLOCK_GUIDE)
-    whole = whole_tiles(start, stop, end, BLOCK_GUIDE)
-    for t in range(begin, whole):
-        top, total, weighted = _step_softmax(
-            top, total, weighted, t, rows_in, query_size, query, high, low, query_first, query_limit, guide,
-            guide_scale, b, guide_pixels, guide_limit, start, stop, sharpness,
-            BLOCK_QUERY, BLOCK_GUIDE, LANES, True, CHUNK, CHUNKS, SPLIT, DESCRIPTOR, WIDEN,
-        )  # fmt: skip
-    if whole < end:
-        top, total, weighted = _step_softmax(
-            top, total, weighted, whole, rows_in, query_size, query, high, low, query_first, query_limit,
-            guide, guide_scale, b, guide_pixels, guide_limit, start, stop, sharpness,
-            BLOCK_QUERY, BLOCK_GUIDE, LANES, False, CHUNK, CHUNKS, SPLIT, DESCRIPTOR, WIDEN,
-        )  # fmt: skip
+    begin, whole, end = tile_share(start, stop, split, splits, BLOCK_GUIDE)
+    for first in range(begin, end, SUMMED):
+        lane_top = tl.full([BLOCK_QUERY, LANES], float("-inf"), tl.float32)
+        lane_total = tl.zeros([BLOCK_QUERY, LANES], tl.float32)
+        lane_weighted = tl.zeros([BLOCK_QUERY, LANES], tl.float32)
+        for t in range(first, tl.minimum(first + SUMMED, whole)):
+            lane_top, lane_total, lane_weighted = _step_softmax(
+                lane_top, lane_total, lane_weighted, t, rows_in, query_size, query, high, low, query_first,
+                query_limit, guide, guide_scale, b, guide_pixels, guide_limit, start, stop, sharpness,
+                BLOCK_QUERY, BLOCK_GUIDE, LANES, True, CHUNK, CHUNKS, SPLIT, DESCRIPTOR, WIDEN,
+            )  # fmt: skip
+        if (whole < end) & (first + SUMMED >= end):
+            lane_top, lane_total, lane_weighted = _step_softmax(
+                lane_top, lane_total, lane_weighted, whole, rows_in, query_size, query, high, low,
+                query_first, query_limit, guide, guide_scale, b, guide_pixels, guide_limit, start, stop,
+                sharpness,
+                BLOCK_QUERY, BLOCK_GUIDE, LANES, False, CHUNK, CHUNKS, SPLIT, DESCRIPTOR, WIDEN,
+            )  # fmt: skip
+        new = tl.maximum(top, tl.max(lane_top, 1))
+        safe = tl.where(new == float("-inf"), 0.0, new)
+        old, lane_old = tl.exp2(top - safe), tl.exp2(lane_top - safe[:, None])
+        total = total * old + tl.sum(lane_total * lane_old, 1)
+        weighted = weighted * old + tl.sum(lane_weighted * lane_old, 1)
+        top = new
     return top, total, weighted
 
 
@@ -151,6 +164,7 @@ def sweep_softmax(  # type: ignore[no-untyped-def]
     BLOCK_QUERY: tl.constexpr,
     BLOCK_GUIDE: tl.constexpr,
     LANES: tl.constexpr,
+    SUMMED: tl.constexpr,
     OWN: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -171,9 +185,9 @@ def sweep_softmax(  # type: ignore[no-untyped-def]
     if SPLIT:
         low = load_tile(query, query_first, CHUNK * CHUNKS, query_limit, BLOCK_QUERY, CHUNK, WIDTH, False)
     size = tl.load(query_scale + b * query_pixels + row, mask=inside, other=0.0)
-    top = tl.full([BLOCK_QUERY, LANES], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_QUERY, LANES], tl.float32)
-    weighted = tl.zeros([BLOCK_QUERY, LANES], tl.float32)
+    top = tl.full([BLOCK_QUERY], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_QUERY], tl.float32)
+    weighted = tl.zeros([BLOCK_QUERY], tl.float32)
     if OWN:
         last = tl.minimum(first_row + BLOCK_QUERY, query_pixels)
         run = first_row
@@ -184,7 +198,7 @@ def sweep_softmax(  # type: ignore[no-untyped-def]
             top, total, weighted = _scan_softmax(
                 top, total, weighted, (row >= run) & (row < end), size, query, high, low, query_first,
                 query_limit, guide, guide_scale, b, guide_pixels, guide_limit, start, stop, split, splits,
-                sharpness, BLOCK_QUERY, BLOCK_GUIDE, LANES, CHUNK, CHUNKS, SPLIT, DESCRIPTOR, WIDEN,
+                sharpness, BLOCK_QUERY, BLOCK_GUIDE, LANES, SUMMED, CHUNK, CHUNKS, SPLIT, DESCRIPTOR, WIDEN,
             )  # fmt: skip
             run = end
     else:
@@ -192,15 +206,12 @@ def sweep_softmax(  # type: ignore[no-untyped-def]
         top, total, weighted = _scan_softmax(
             top, total, weighted, inside, size, query, high, low, query_first,
             query_limit, guide, guide_scale, b, guide_pixels, guide_limit, start, stop, split, splits,
-            sharpness, BLOCK_QUERY, BLOCK_GUIDE, LANES, CHUNK, CHUNKS, SPLIT, DESCRIPTOR, WIDEN,
+            sharpness, BLOCK_QUERY, BLOCK_GUIDE, LANES, SUMMED, CHUNK, CHUNKS, SPLIT, DESCRIPTOR, WIDEN,
         )  # fmt: skip
-    taken = tl.max(top, 1)
-    old = tl.exp2(top - tl.where(taken == float("-inf"), 0.0, taken)[:, None])
-    total, weighted = total * old, weighted * old
     out = ((split * images + b) * slots + slot) * query_pixels + row
-    tl.store(tops + out, taken, mask=inside)
-    tl.store(totals + out, tl.sum(total, 1), mask=inside)
-    tl.store(sums + out, tl.sum(weighted, 1), mask=inside)
+    tl.store(tops + out, top, mask=inside)
+    tl.store(totals + out, total, mask=inside)
+    tl.store(sums + out, weighted, mask=inside)
 
 
 @triton.jit
@@ -297,7 +308,7 @@ def _scan_slopes(  # type: ignore[no-untyped-def]
     for first in range(start, stop, COLUMNS):
         product = products(
             here, high, low, here_first, here_limit, there, base + first, there_limit,
-            ROWS, COLUMNS, CHUNK, CHUNKS, SPLIT, DESCRIPTOR, WIDEN,
+            ROWS, COLUMNS, CHUNK, CHUNKS, SPLIT, DESCRIPTOR, TO_GUIDE, WIDEN,
         )  # fmt: skip
         column = first + tl.arange(0, COLUMNS)
         inside = column < stop
@@ -437,4 +448,4 @@ def sweep_gradient(  # type: ignore[no-untyped-def]
     )
     inverse = tl.load(here_inverse + b * here_pixels + row, mask=inside, other=0.0)
     pointer = out + b * stride_b + image_offsets(pixel, columns, stride_h, stride_w, False)
-    store_through_norm(result, along, unit, inverse, pointer, channel, stride_c, mask, WIDEN)
+    store_through_norm(result, along, unit, inverse, pointer, channel, stride_c, mask, False, WIDEN)

@@ -160,6 +160,7 @@ def segment_gradients(  # type: ignore[no-untyped-def]
     CHUNK: tl.constexpr,
     PADDED: tl.constexpr,
     SPLIT: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
     """Gradient to each target: the sum over its entries, through the norm of its vector."""
@@ -174,18 +175,8 @@ def segment_gradients(  # type: ignore[no-untyped-def]
     own = (b * targets + target)[:, None]
     WIDTH: tl.constexpr = 2 * PADDED if SPLIT else PADDED
     along = tl.zeros([ROWS], tl.float32)
-    for c in range(0, PADDED, CHUNK):
-        channel = c + tl.arange(0, CHUNK)
-        mask = inside[:, None] & (channel < channels)[None, :]
-        total = _segment(
-            packed, scale, perm, share, totals, b, begin, end, channel, pixels, entries, winners, channels,
-            chunks, ROWS, UNROLLED, ENTRIES, CHUNK, WIDTH, SPLIT, True,
-        )  # fmt: skip
-        unit = unit_vectors(target_packed, target_scale, own, mask, channel[None, :], WIDTH, SPLIT)
-        along += tl.sum(total * unit, 1)
-        if CHUNK == PADDED:
-            store_through_norm(total, along, unit, inverse, pointer, channel, stride_c, mask, WIDEN)
-    if CHUNK < PADDED:
+    PASSES: tl.constexpr = 1 if CHUNK == PADDED else 2
+    for p in tl.static_range(PASSES):
         for c in range(0, PADDED, CHUNK):
             channel = c + tl.arange(0, CHUNK)
             mask = inside[:, None] & (channel < channels)[None, :]
@@ -194,7 +185,12 @@ def segment_gradients(  # type: ignore[no-untyped-def]
                 channels, chunks, ROWS, UNROLLED, ENTRIES, CHUNK, WIDTH, SPLIT, True,
             )  # fmt: skip
             unit = unit_vectors(target_packed, target_scale, own, mask, channel[None, :], WIDTH, SPLIT)
-            store_through_norm(total, along, unit, inverse, pointer, channel, stride_c, mask, WIDEN)
+            if p == 0:
+                along += tl.sum(total * unit, 1)
+            if p == PASSES - 1:
+                store_through_norm(
+                    total, along, unit, inverse, pointer, channel, stride_c, mask, ACCUMULATE, WIDEN
+                )
 
 
 @triton.jit
@@ -264,7 +260,8 @@ def _table(  # type: ignore[no-untyped-def]
 def gather_gradients(  # type: ignore[no-untyped-def]
     table,  # [B,T,width] packed, or [B,T,channels] float32
     table_scale,  # [B,T] where PACKED
-    idx,  # int64 rows of the table, -1 for none
+    idx,  # int64 rows of the table, those outside it for none; where RANGES int32 [B,S], a slot's first pixel
+    stops,  # [B,S] int32, the end of a slot's pixels, where RANGES
     weight,  # float32
     own_packed,  # [B,n,width]
     own_scale,  # [B,n]
@@ -295,9 +292,14 @@ def gather_gradients(  # type: ignore[no-untyped-def]
     SPLIT: tl.constexpr,
     PACKED: tl.constexpr,
     ORDERED: tl.constexpr,
+    RANGES: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """Gradient to each pixel: the weighted sum of some rows of a table, through the norm of its vector."""
+    """Gradient to each pixel: the weighted sum of some rows of a table, through the norm of its vector.
+
+    RANGES: row s of the table belongs to the pixels that slot s has.
+    """
     program = tl.program_id(0)
     row = program % blocks * ROWS + tl.arange(0, ROWS)
     b = (program // blocks).to(tl.int64)
@@ -319,10 +321,14 @@ def gather_gradients(  # type: ignore[no-untyped-def]
             mask = inside[:, None] & (channel < channels)[None, :]
             total = tl.zeros([ROWS, CHUNK], tl.float32)
             for e in range(slots * winners):
-                slot = e // winners
-                one = tl.load(idx_row + slot * idx_stride_s + e % winners, mask=inside, other=-1)
+                slot = (e // winners).to(tl.int64)
+                if RANGES:
+                    start, stop = tl.load(idx + b * slots + slot), tl.load(stops + b * slots + slot)
+                    one = tl.where((row >= start) & (row < stop), slot, -1)
+                else:
+                    one = tl.load(idx_row + slot * idx_stride_s + e % winners, mask=inside, other=-1)
                 by = tl.load(weight_row + slot * weight_stride_s, mask=inside, other=0.0)
-                there = (one >= 0)[:, None]
+                there = ((one >= 0) & (one < rows))[:, None]
                 vector = _table(
                     table,
                     table_scale,
@@ -341,7 +347,9 @@ def gather_gradients(  # type: ignore[no-untyped-def]
             if p == 0:
                 along += tl.sum(total * unit, 1)
             if p == PASSES - 1:
-                store_through_norm(total, along, unit, inverse, pointer, channel, stride_c, mask, WIDEN)
+                store_through_norm(
+                    total, along, unit, inverse, pointer, channel, stride_c, mask, ACCUMULATE, WIDEN
+                )
 
 
 @triton.jit
@@ -349,7 +357,7 @@ def mean_cosines(  # type: ignore[no-untyped-def]
     packed,  # [B,n,width]
     scale,  # [B,n]
     means,  # [B,T,channels] float32
-    idx,  # int64 rows of `means`, -1 for none
+    idx,  # int64 rows of `means`, those outside it for none
     order,  # [B,n] int64 where ORDERED
     idx_stride_b,
     idx_stride_s,
@@ -367,7 +375,7 @@ def mean_cosines(  # type: ignore[no-untyped-def]
     SPLIT: tl.constexpr,
     ORDERED: tl.constexpr,
 ):
-    """Product of each row's unit vector with a mean, 0 for none."""
+    """Product of each row's unit vector with a mean; nothing is written where there is none."""
     program = tl.program_id(0)
     row = program % blocks * ROWS + tl.arange(0, ROWS)
     slot = program // blocks % slots
@@ -375,11 +383,12 @@ def mean_cosines(  # type: ignore[no-untyped-def]
     inside = row < pixels
     place = idx + b * idx_stride_b + slot * idx_stride_s + row.to(tl.int64) * idx_stride_n
     one = tl.load(place, mask=inside, other=-1)
+    there = (one >= 0) & (one < rows)
     WIDTH: tl.constexpr = 2 * PADDED if SPLIT else PADDED
     total = tl.zeros([ROWS], tl.float32)
     for c in range(0, PADDED, CHUNK):
         channel = c + tl.arange(0, CHUNK)
-        mask = (one >= 0)[:, None] & (channel < channels)[None, :]
+        mask = there[:, None] & (channel < channels)[None, :]
         unit = unit_vectors(packed, scale, (b * pixels + row)[:, None], mask, channel[None, :], WIDTH, SPLIT)
         mean = _table(means, scale, b, rows, tl.maximum(one, 0), mask, channel, channels, WIDTH, False, SPLIT)
         total += tl.sum(unit * mean, 1)
@@ -387,4 +396,4 @@ def mean_cosines(  # type: ignore[no-untyped-def]
     if ORDERED:
         pixel = tl.load(order + b * pixels + row, mask=inside, other=0)
     out = similarity + (b * slots + slot) * pixels + pixel
-    tl.store(out, tl.where(one >= 0, total, 0.0), mask=inside)
+    tl.store(out, total, mask=there)

@@ -18,6 +18,7 @@ def _scan_topk(  # type: ignore[no-untyped-def]
     not_finite,  # [BLOCK_QUERY], query rows
     bound_value,
     bound_place,
+    found_before,
     query,
     high,
     low,
@@ -40,13 +41,16 @@ def _scan_topk(  # type: ignore[no-untyped-def]
     DESCRIPTOR: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
+    if BOUNDED:
+        # All of them were found.
+        stop = tl.where(stop - start > found_before, stop, start)
     base = (b * guide_pixels).to(tl.int32)
     lane, winner = tl.arange(0, BLOCK_GUIDE)[None, :], tl.arange(0, WINNERS)[None, :]
     nothing = float("-inf")
     for first in range(start, stop, BLOCK_GUIDE):
         cosine = products(
             query, high, low, query_first, query_limit, guide, base + first, guide_limit,
-            BLOCK_QUERY, BLOCK_GUIDE, CHUNK, CHUNKS, SPLIT, DESCRIPTOR, WIDEN,
+            BLOCK_QUERY, BLOCK_GUIDE, CHUNK, CHUNKS, SPLIT, DESCRIPTOR, False, WIDEN,
         )  # fmt: skip
         column = first + tl.arange(0, BLOCK_GUIDE)
         size = column_sizes(guide_scale, b, guide_pixels, first, stop, BLOCK_GUIDE, False)
@@ -146,15 +150,16 @@ def sweep_topk(  # type: ignore[no-untyped-def]
             start = tl.load(starts + b * query_pixels + run)
             stop = tl.load(stops + b * query_pixels + run)
             values, places = _scan_topk(
-                values, places, (row >= run) & (row < end), size != size, bound_value, bound_place, query,
-                high, low, query_first, query_limit, guide, guide_scale, b, guide_pixels, guide_limit, start,
-                stop, BLOCK_QUERY, BLOCK_GUIDE, WINNERS, BOUNDED, CHUNK, CHUNKS, SPLIT, DESCRIPTOR, WIDEN,
+                values, places, (row >= run) & (row < end), size != size, bound_value, bound_place,
+                found_before, query, high, low, query_first, query_limit, guide, guide_scale, b, guide_pixels,
+                guide_limit, start, stop,
+                BLOCK_QUERY, BLOCK_GUIDE, WINNERS, BOUNDED, CHUNK, CHUNKS, SPLIT, DESCRIPTOR, WIDEN,
             )  # fmt: skip
             run = end
     else:
         start, stop = tl.load(starts + b * slots + slot), tl.load(stops + b * slots + slot)
         values, places = _scan_topk(
-            values, places, inside, size != size, bound_value, bound_place, query, high,
+            values, places, inside, size != size, bound_value, bound_place, found_before, query, high,
             low, query_first, query_limit, guide, guide_scale, b, guide_pixels, guide_limit, start, stop,
             BLOCK_QUERY, BLOCK_GUIDE, WINNERS, BOUNDED, CHUNK, CHUNKS, SPLIT, DESCRIPTOR, WIDEN,
         )  # fmt: skip

@@ -11,6 +11,8 @@ from . import _cross_sums_triton as sums
 from . import _triton
 from ._cross_pack_triton import Form, Rows, tensor_or
 
+WINNER_BYTES = 40
+"""For each winner, while they are sorted."""
 _ROWS = 16
 _UNROLLED = 2
 
@@ -18,13 +20,20 @@ _UNROLLED = 2
 def gather(
     made: Form,
     table: Rows | Tensor,
-    idx: Tensor,  # [B,S,n*k] int64, or expanded to it
+    idx: Tensor | tuple[Tensor, Tensor],  # [B,S,n*k] int64, or expanded to it; or each slot's pixels
     weight: Tensor,  # [B,S,n] float32, or expanded to it
     winners: int,
     own: Rows,
     output: Tensor,  # [B,C,h,w]
+    *,
+    accumulate: bool = False,
 ) -> None:
-    """Gradient to each pixel of `own`: its rows of a table, weighted."""
+    """Gradient to each pixel of `own`: its rows of a table, weighted; added to the output's where told.
+
+    Instead of rows, where the pixels of each slot start and stop can be given [B,S]: a slot's row is theirs.
+    """
+    by_ranges = isinstance(idx, tuple)
+    first, stops = idx if isinstance(idx, tuple) else (idx, idx)
     batch, channels = output.shape[:2]
     blocks = -(-own.pixels // _ROWS)
     packed = isinstance(table, Rows)
@@ -34,21 +43,20 @@ def gather(
         batch * blocks,
         values,
         table.scale if isinstance(table, Rows) else own.scale,
-        idx,
+        first,
+        stops,
         weight,
         own.packed,
         own.scale,
         own.inverse,
-        tensor_or(own.order, idx),
-        idx.stride(0),
-        idx.stride(1),
-        idx.stride(2) * winners,
+        tensor_or(own.order, first),
+        *((0, 0, 0) if by_ranges else (first.stride(0), first.stride(1), first.stride(2) * winners)),
         *weight.stride(),
         *output.stride(),
         output.shape[3],
         own.pixels,
         values.shape[1],
-        idx.shape[1],
+        first.shape[1],
         winners,
         channels,
         blocks,
@@ -59,6 +67,8 @@ def gather(
         SPLIT=made.split,
         PACKED=packed,
         ORDERED=own.order is not None,
+        RANGES=by_ranges,
+        ACCUMULATE=accumulate,
         WIDEN=_triton.INTERPRETED,
         num_warps=4,
     )
@@ -69,13 +79,12 @@ def winners_backward(
     query: Rows,
     guide: Rows,
     grad: Tensor,  # [B,S,n]
-    winners: Tensor,  # [B,S,n,k] or, flattened, [B,S,n*k]
+    winners: Tensor,  # [B,S,n,k]
+    at_once: list[slice],  # slots whose winners are sorted together
     # outputs
     grad_query: Tensor | None,
     grad_guide: Tensor | None,
 ) -> None:
-    batch, slots, pixels = grad.shape
-    winners = winners.reshape(batch, slots, pixels, -1)
     k = winners.shape[3]
     share = grad
     if k > 1:
@@ -83,8 +92,25 @@ def winners_backward(
     winners = winners.flatten(2)
     if grad_query is not None:
         gather(made, guide, winners, share, k, query, grad_query)
-    if grad_guide is None:
-        return
+    if grad_guide is not None:
+        for slots in at_once:
+            some = winners[:, slots], share[:, slots].contiguous()
+            _to_guide(made, query, guide, *some, k, slots.start > 0, grad_guide)
+
+
+def _to_guide(
+    made: Form,
+    query: Rows,
+    guide: Rows,
+    winners: Tensor,  # [B,S,n*k] int64, -1 for none
+    share: Tensor,  # [B,S,n]
+    k: int,
+    accumulate: bool,
+    # outputs
+    grad_guide: Tensor,
+) -> None:
+    """Of some slots. Those of different classes have no guide pixel in common."""
+    batch, _, pixels = share.shape
     # Of an image, sorted by winner; those without one come last.
     keys = torch.where(winners < 0, guide.pixels, winners).to(torch.int32).flatten(1)
     keys, perm = keys.sort(dim=1, stable=True)
@@ -147,6 +173,7 @@ def winners_backward(
         CHUNK=made.chunk,
         PADDED=made.padded,
         SPLIT=made.split,
+        ACCUMULATE=accumulate,
         WIDEN=_triton.INTERPRETED,
         num_warps=8,
     )

@@ -76,7 +76,8 @@ class Tiles:
             return launch(_best[key])
         stored = _stored().get(key, fitting[0])
         # Another version of the kernel may have had other constants.
-        return launch(stored if stored.keys() == fitting[0].keys() else fitting[0])
+        known = any(stored.keys() == tile.keys() for tile in [*fitting, *self.candidates])
+        return launch(stored if known else fitting[0])
 
 
 _best: dict[str, Tile] = {}

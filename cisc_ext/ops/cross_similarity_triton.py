@@ -20,34 +20,26 @@ from . import _cross_topk_triton as by_topk
 from . import _triton
 from ._cross_means_triton import few_labels, mean, mean_backward
 from ._cross_pack_triton import Form, Ranges, Rows, form, pack, ranges, tensor_or
-from ._cross_winners_triton import winners_backward
+from ._cross_winners_triton import WINNER_BYTES, winners_backward
 from ._tiles import Row, Tile, Tiles
 
 _IN_FLIGHT_BYTES = 2**28
 """Of the packed rows of several pairs."""
-
-
 _WORKSPACE_BYTES = 2**25
+_PIXEL_BYTES = 64
+"""For each pixel of a pair, beside its packed row: labels while they are sorted, orders, ranges, scales."""
 _STATE_BYTES = 32
-"""For each query pixel and slot, at the most."""
-_WINNER_BYTES = 40
-"""For each winner that backward sorts."""
-
-
+"""For each query pixel and slot, where there are so many that the guide is not split."""
 _WAVES = 2
 """Blocks for each multiprocessor below which the guide is split."""
-
-
 _MOST_SPLITS = 16
-
-
+_SUMMED_TILES = 64
+"""Tiles of the guide that one float32 sum of "softmax" takes; such sums are summed again."""
 _MOST_WINNERS = 16
 """Winners that a pass of "topk" finds."""
 _RESOLVED_ROWS = 8
 _COMBINED = 256
 _LOG2_E = 1.4426950408889634
-
-
 _REGISTERS = {"maxnreg": 255}
 """Without it ptxas may spill some registers to run more blocks at a time, which shared memory does not let it
 do; with it, it may unroll loops over channels, and spill for that."""
@@ -153,10 +145,11 @@ def _row_bytes(made: Form) -> int:
 
 
 def _groups(query: Tensor, guide: Tensor, made: Form, workspace_bytes: int = 0) -> list[slice]:
-    """Images whose packed rows, and workspace of so many bytes each, are held at once."""
+    """Images whose packed rows, what belongs to their pixels, and so much workspace each are held at once."""
     pixels = query.shape[2] * query.shape[3] + guide.shape[2] * guide.shape[3]
     packed = pixels * made.width * made.dtype.itemsize
-    each = max(packed, workspace_bytes * (_IN_FLIGHT_BYTES // _WORKSPACE_BYTES))
+    beside = max(pixels * _PIXEL_BYTES, workspace_bytes)
+    each = max(packed, beside * (_IN_FLIGHT_BYTES // _WORKSPACE_BYTES))
     return _triton.parts(query.shape[0], each, _IN_FLIGHT_BYTES)
 
 
@@ -197,14 +190,15 @@ def forward(
         saved = index.new_full((*shape, max(1, min(k, pixels))), -1)
     elif reduction == "softmax":
         saved = torch.full_like(similarity, -torch.inf)
-    if similarity.numel() == 0 or pixels == 0:
-        return similarity, index, saved
     made = form(query, guide)
     tensors = (query, guide, guide_labels, classes, query_labels)
-    for images in _groups(query, guide, made):
+
+    def compare(images: slice) -> None:
         found, sides = _by_class(made, tensors, images, ignore_index, eps)
         if reduction == "mean":
             mean(made, *sides, found, few_labels(guide_labels), similarity[images])
+            if not indexed:
+                return
         each = _STATE_BYTES * sides[0].scale.numel()
         for slots in _triton.parts(shape[1], each, _WORKSPACE_BYTES):
             some = found.of(slots)
@@ -216,7 +210,13 @@ def forward(
                 _softmax(made, *sides, some, temperature, here, saved_here)
             if index_here is not None and reduction != "topk":
                 _max(made, *sides, some, here if reduction == "max" else None, index_here)
-    return checks.poison(similarity, invalid), index, saved
+
+    # What a group needs is let go with its call, before the next one is packed.
+    for images in _groups(query, guide, made) if similarity.numel() and pixels else ():
+        compare(images)
+    if invalid is not None:
+        similarity.masked_fill_(invalid, torch.nan)
+    return similarity, index, saved
 
 
 def _splits(programs: int, guide_pixels: int, block: int, device: torch.device) -> int:
@@ -341,7 +341,9 @@ def _softmax(
             _LOG2_E / temperature,
             *parts.unbind(),
             LANES=by_max.LANES,
+            SUMMED=_SUMMED_TILES,
             OWN=found.own,
+            enable_fp_fusion=False,
             **_constants(made, device),
             **tile,
         )
@@ -450,15 +452,18 @@ def backward(
     made = form(query, guide)
     tensors = (query, guide, guide_labels, classes, query_labels)
     grad = grad.to(torch.float32).contiguous()
-    winners_each = max(saved.shape[-1], 1) if reduction == "topk" else 1
-    sorted_bytes = _WINNER_BYTES * grad[:1].numel() * winners_each if reduction in ("max", "topk") else 0
-    for images in _groups(query, guide, made, sorted_bytes):
+    by_winners = reduction in ("max", "topk")
+    # Of an image and slot.
+    sorted_bytes = WINNER_BYTES * grad[0, 0].numel() * (max(saved.shape[-1], 1) if reduction == "topk" else 1)
+
+    def go_back(images: slice) -> None:
         outputs = (grad_query[images] if need_query else None, grad_guide[images] if need_guide else None)
-        if reduction in ("max", "topk"):
+        if by_winners:
             winners = index[images][..., None] if reduction == "max" else saved[images]
             sides = (pack(query[images], None, made, eps), pack(guide[images], None, made, eps))
-            winners_backward(made, *sides, grad[images].flatten(2), winners.flatten(2, 3), *outputs)
-            continue
+            at_once = _triton.parts(slots, sorted_bytes * (images.stop - images.start), _WORKSPACE_BYTES)
+            winners_backward(made, *sides, grad[images].flatten(2), winners.flatten(2, 3), at_once, *outputs)
+            return
         found, sides = _by_class(made, tensors, images, ignore_index, eps)
         if reduction == "softmax":
             state = (grad[images], similarity[images].contiguous(), saved[images].contiguous())
@@ -468,6 +473,9 @@ def backward(
         else:
             few = (few_labels(guide_labels), None if query_labels is None else few_labels(query_labels))
             mean_backward(made, *sides, found, few, grad[images].flatten(2), *outputs)
+
+    for images in _groups(query, guide, made, sorted_bytes if by_winners else 0):
+        go_back(images)
     return grad_query, grad_guide
 
 
@@ -525,6 +533,7 @@ def _softmax_backward(
             OWN=found.own,
             ORDERED=here.order is not None,
             PRECISION=made.precision,
+            enable_fp_fusion=False,
             **_constants(made, device),
             **{**tile, "OUT": out},
         )
