@@ -356,6 +356,3 @@ def brgemm(case: Case, whole: bool, chunk: int) -> Call:
         return value
 
     return call_of(partial(_against, kernel, True), case)
-
-
-# Logits, maps and features at label resolution, some rows at a time.

@@ -30,7 +30,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, TimeoutError
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -147,6 +148,14 @@ def _counted(call: Call, device: str) -> tuple[float, float | None]:
     return seconds[0], extra
 
 
+class FailedError(CannotRunError):
+    """A run raised an error."""
+
+
+class BrokenError(Exception):
+    """A kernel of this project raises an error instead of running."""
+
+
 class Trials:
     """A process that tries contenders out, and is made anew when one kills it or has to be ended."""
 
@@ -185,7 +194,8 @@ class Trials:
             self.end()
             raise CannotRunError("its process was killed, as for want of memory") from None
         except RuntimeError as error:
-            raise CannotRunError(str(error).partition("\n")[0][:200]) from error
+            self.end()  # after an error of a GPU nothing else works in that process
+            raise FailedError(str(error).partition("\n")[0][:200]) from error
         if tried["seconds"] > 2 * limit_s:
             raise CannotRunError(_took_too_long(tried["seconds"], limit_s))
         return tried
@@ -355,7 +365,7 @@ def measure_case(
     left_out: list[dict[str, str]],
 ) -> list[dict[str, Any]]:
     """A row per implementation that runs; the others go to `left_out`. `DisagreementError` where one is
-    off."""
+    off, `BrokenError` where a kernel of ours raises."""
     case = make_case(*key)
     peak = ceiling["flops"][case.dtype_name]
     least_s = _least_s(case.operator.cost(case.inputs, case.passes).flops, peak)
@@ -380,6 +390,9 @@ def measure_case(
                 raise CannotRunError(_too_long(least_s, limit_s))
             tried = trials.run(key, contender, settings.threads, limit_s)
         except CannotRunError as error:
+            # The reference may want more memory than there is; of our own kernels it is a finding.
+            if isinstance(error, FailedError) and implementation.name != "reference":
+                raise BrokenError(f"{' '.join(key[:4])}: {implementation.name}: {error}") from error
             left_out.append({**head, "reason": str(error)})
             continue
         call = contender.call(case)
@@ -419,6 +432,14 @@ def chosen_cases(flags: argparse.Namespace) -> list[Key]:
                 if not flags.passes or passes in flags.passes
             ]
     return found
+
+
+def _turns(cases: Sequence[Key]) -> Iterator[tuple[int, Key]]:
+    """Each case with its number among those of its operator."""
+    seen: Counter[str] = Counter()
+    for key in cases:
+        yield seen[key[0]], key
+        seen[key[0]] += 1
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -481,6 +502,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(flags.threads)
     settings = Settings(flags.device, flags.budget, flags.quick, torch.get_num_threads())
     cases = chosen_cases(flags)
+    if flags.stop_after:  # each operator's first case, then each one's second
+        cases = [key for _, key in sorted(_turns(cases), key=lambda one: one[0])]
     if not cases:
         print("error: no workload has what is asked for", file=sys.stderr)
         return 1
@@ -514,7 +537,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 continue
             try:
                 new = measure_case(key, flags.impl or (), ceiling, settings, trials, left_out)
-            except DisagreementError as error:
+            except (DisagreementError, BrokenError) as error:
                 print(f"error: {error}", file=sys.stderr)
                 return 1
             rows += new
@@ -525,6 +548,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             shown = ", ".join(f"{row['impl']} {row['time_ms']:g} ms" for row in new) or "nothing runs"
             print(f"[{number}/{len(cases)}] {' '.join(key[:4])}: {shown} ({took:.0f} s)", flush=True)
     print(aligned("kernels", rows))
+    if flags.stop_after and (missed := sorted({key[0] for key in cases} - {row["op"] for row in rows})):
+        print(f"error: nothing was measured of {', '.join(missed)}", file=sys.stderr)
+        return 1
     return 0
 
 

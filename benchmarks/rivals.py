@@ -84,7 +84,7 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
 
 
-# Pixels against pixels.
+# Logits, maps and features at label resolution, some rows at a time.
 
 
 class _Axes:
@@ -93,17 +93,20 @@ class _Axes:
 
     def __init__(self, x: Tensor, size: tuple[int, int], align_corners: bool, products: bool) -> None:
         self.width, self.align_corners, self.products = size[1], align_corners, products
-        self.rows, self.columns = (
+        rows, columns = (
             F.interpolate(
                 torch.eye(n, dtype=torch.float32)[None], m, mode="linear", align_corners=align_corners
-            )[0].to(x)
+            )[0]
             for n, m in zip(x.shape[-2:], size, strict=True)
-        )  # [h,H], [w,W]
+        )
+        # On the CPU, where nothing waits for the device.
+        self.first = rows.ne(0).int().argmax(0).tolist()
+        self.stop = (len(rows) - rows.flip(0).ne(0).int().argmax(0)).tolist()
+        self.rows, self.columns = rows.to(x), columns.to(x)  # [h,H], [w,W]
 
     def span(self, start: int, stop: int) -> tuple[int, int]:
         """The source rows that rows start..stop are made of."""
-        used = self.rows[:, start:stop].ne(0).any(1).nonzero()[:, 0]
-        return int(used[0]), int(used[-1]) + 1
+        return min(self.first[start:stop]), max(self.stop[start:stop])
 
     def up(self, part: Tensor, span: tuple[int, int], start: int, stop: int) -> Tensor:
         """[C,r,w] to [C,rows,W]."""

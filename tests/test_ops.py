@@ -65,7 +65,7 @@ def test_implementation(
     operator: Operator, implementation: Implementation, sample: Sample, device: str
 ) -> None:
     # For the interpreter, mixed dtypes in the smaller samples.
-    small = max(value.numel() for value in sample.inputs.values() if isinstance(value, Tensor)) < 500
+    small = max(value.numel() for value in sample.inputs.values() if isinstance(value, Tensor)) < 200
     for dtypes in dtype_choices(operator, mixed=small or not is_interpreted(implementation, device)):
         inputs = cast(operator, sample, dtypes, device)
         skip_unless_able(operator, implementation, inputs)

@@ -261,17 +261,32 @@ def test_choices_of_a_machine_that_is_not_here() -> None:
 def test_what_triton_needs_to_start_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     missing = _implementations.driver_missing
     (tmp_path / "Python.h").touch()
-    monkeypatch.setattr(_implementations.sysconfig, "get_path", lambda name: str(tmp_path))
-    bare = {"PATH": str(tmp_path), "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    schemes: list[str] = []
+
+    def get_path(name: str, scheme: str) -> str:
+        schemes.append(scheme)
+        return str(tmp_path)
+
+    monkeypatch.setattr(_implementations.sysconfig, "get_path", get_path)
+    bare = {"PATH": str(tmp_path)}
     assert missing(bare) == "Triton needs a C compiler (CC, gcc or clang) on a GPU, found none"
     assert missing({**bare, "CC": "cc"}) == ""
     (tmp_path / "clang").touch(mode=0o755)
     assert missing(bare) == ""
     (tmp_path / "Python.h").unlink()
     assert "the headers of this Python" in missing(bare)
-    (tmp_path / "cache" / "HASH").mkdir(parents=True)
-    (tmp_path / "cache" / "HASH" / "cuda_utils.cpython-311.so").touch()
-    assert missing(bare) == "", "it was compiled before"
+    monkeypatch.setattr(_implementations.sysconfig, "get_default_scheme", lambda: "posix_local")
+    missing(bare)
+    assert schemes[-1] == "posix_prefix", "where Debian has the headers"
+
+
+@pytest.mark.parametrize(
+    ("value", "interpreted"), [("1", True), ("true", True), ("Yes", True), ("0", False), ("", False)]
+)
+def test_triton_interprets(value: str, interpreted: bool) -> None:
+    """As Triton itself reads it."""
+    assert _implementations.interprets({"TRITON_INTERPRET": value}) == interpreted
+    assert not _implementations.interprets({})
 
 
 def test_auto_on_the_cpu_never_takes_the_interpreter() -> None:

@@ -47,7 +47,7 @@ def tiny_cross(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(host, "_MOST_WINNERS", 2)
     monkeypatch.setattr(host, "_SUMMED_TILES", 2)
     monkeypatch.setattr(_module("_cross_sums_triton"), "ENTRIES", 16)
-    monkeypatch.setattr(_module("_cross_means_triton"), "_TABLE_BYTES", 1)
+    monkeypatch.setattr(_module("_cross_means_triton"), "_TABLE_BYTES", 4096)
     return host
 
 
@@ -106,11 +106,11 @@ def test_parts_of_the_guide_without_a_tile(
 def test_a_long_sum(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Equal terms, whose rounding errors add up."""
     monkeypatch.setattr(_module("_triton"), "_INTERPRETED_MULTIPROCESSORS", 1)
-    guide = torch.randn(1, 4, 1, 1).expand(-1, -1, 128, 512)
+    guide = torch.randn(1, 4, 1, 1).expand(-1, -1, 64, 512)
     inputs: dict[str, Any] = {
         "query": torch.randn(1, 4, 1, 3),
         "guide": guide,
-        "guide_labels": torch.zeros(1, 128, 512, dtype=torch.uint8),
+        "guide_labels": torch.zeros(1, 64, 512, dtype=torch.uint8),
         "classes": torch.zeros(1, 1, dtype=torch.int64),
         "reduction": "softmax",
     }
@@ -123,7 +123,7 @@ def test_a_long_sum(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
         skip_unless_able(operator, triton, placed)
         got = operator.function(**placed, impl="triton").cpu()
         exact = torch.cosine_similarity(inputs["query"].double(), guide[..., :1, :1].double())
-    assert (got[:, 0] - exact).abs().max() < 16 * torch.finfo(torch.float32).eps
+    assert (got[:, 0] - exact).abs().max() < 8 * torch.finfo(torch.float32).eps
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -71,7 +71,12 @@ def _taps(  # type: ignore[no-untyped-def]
     return label.to(tl.int32 if NARROW else tl.int64), weight
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        *("batch", "h", "w", "height", "width"),
+        *("first_image", "first_row", "rows", "column_blocks", "taps_y", "taps_x", "whole"),
+    ]
+)
 def _weights(  # type: ignore[no-untyped-def]
     labels,  # [B,H,W] uint8, int32 or int64
     classes,  # [B,S] int32 or int64

@@ -23,6 +23,7 @@ from ._upsample_triton import (
     AXES,
     between,
     corner_sums,
+    count_equal,
     divisor_of,
     first_pixel,
     fraction_in,
@@ -241,7 +242,7 @@ def cross_entropy(  # type: ignore[no-untyped-def]
                 digit = (bits >> 16) if WORD == 0 else bits & 0xFFFF
                 if WORD == 1:
                     kept = kept & ((bits >> 16) == tl.load(search).to(tl.int32))
-                _count(histogram + (program % COPIES) * 65536, tl.where(kept, digit, -1))
+                count_equal(histogram + (program % COPIES) * 65536, tl.where(kept, digit, -1))
             else:
                 sums, most, own_logit = _bounded_sums(cells, label, FAR)
                 # Between 2^-64 and 2^64 no term that counts was lost. With one class the loss is exactly 0.
@@ -430,20 +431,6 @@ def _finish(  # type: ignore[no-untyped-def]
             )
             k += 1
     return value
-
-
-@triton.jit
-def _count(histogram, digit):  # type: ignore[no-untyped-def]
-    """Add 1 to histogram[digit] for each digit [RY,RX,CELLS] that is not negative."""
-    most = tl.max(tl.max(digit, 0), 0)
-    top = tl.max(most, 0)
-    while top >= 0:
-        same = digit == most[None, None, :]
-        number = tl.sum(tl.sum(same.to(tl.int32), 0), 0)
-        tl.atomic_add(histogram + most, number.to(tl.int64), mask=most >= 0, sem="relaxed")
-        digit = tl.where(same, -1, digit)
-        most = tl.max(tl.max(digit, 0), 0)
-        top = tl.max(most, 0)
 
 
 @triton.jit(do_not_specialize=["min_kept"])

@@ -38,7 +38,7 @@ def _look() -> Found:
         library="" if _library.LOADED else _library.REASON,
         triton=_triton_missing(),
         driver=driver_missing(os.environ),
-        interpreted=os.environ.get("TRITON_INTERPRET") == "1",
+        interpreted=interprets(os.environ),
         cuda_kernels=frozenset(kernels),
         cuda_faster=_CUDA_FASTER,
     )
@@ -54,15 +54,20 @@ def _triton_missing() -> str:
     return ""
 
 
+def interprets(env: Mapping[str, str]) -> bool:
+    """Whether Triton runs its kernels in its interpreter, as it reads the environment."""
+    return env.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
 def driver_missing(env: Mapping[str, str]) -> str:
-    """Why Triton cannot be started on a GPU: it compiles a little C the first time, and keeps the result."""
-    home = Path(env.get("TRITON_HOME") or Path.home()) / ".triton" / "cache"
-    if any(Path(env.get("TRITON_CACHE_DIR") or home).glob("*/cuda_utils*.so")):
-        return ""
+    """Why Triton cannot be started on a GPU: it compiles a little C there, some versions for each kernel."""
     path = env.get("PATH", "")
     if not env.get("CC") and not any(shutil.which(name, path=path) for name in ("gcc", "clang")):
         return "Triton needs a C compiler (CC, gcc or clang) on a GPU, found none"
-    header = Path(sysconfig.get_path("include")) / "Python.h"
+    scheme = sysconfig.get_default_scheme()
+    # Debian's scheme for what pip installs names a folder without headers.
+    scheme = "posix_prefix" if scheme == "posix_local" else scheme
+    header = Path(sysconfig.get_path("include", scheme)) / "Python.h"
     return (
         "" if header.is_file() else f"Triton needs the headers of this Python on a GPU, {header} is missing"
     )
@@ -78,7 +83,9 @@ def triton_description() -> str:
         return f"Triton: none ({HERE.triton})"
     where = "interpreted on the CPU (TRITON_INTERPRET=1)" if HERE.interpreted else "compiled for GPUs"
     stored = _tiles.path()
-    tiles = f"tiles of the fixed tables and {stored}" if stored.is_file() else "tiles of the fixed tables"
+    tiles = (
+        f"tiles of the fixed tables and {stored}" if os.path.isfile(stored) else "tiles of the fixed tables"
+    )
     mode = os.environ.get("CISC_AUTOTUNE") or "0"
     return f"Triton: {importlib.metadata.version('triton')}, {where}; {tiles}, CISC_AUTOTUNE={mode}"
 

@@ -381,11 +381,9 @@ def backward(
     return grad_query, grad_prototypes
 
 
-def _chunks(blocks: int, others: int, partial_bytes: int) -> tuple[int, int]:
-    """How many chunks, and of how many blocks each; partial sums of a chunk have `partial_bytes`."""
-    most = min(_MOST_CHUNKS, -(-_PROGRAMS // others), _PARTIAL_BYTES // partial_bytes)
-    each = -(-blocks // max(1, min(blocks, most)))
-    return -(-blocks // each), each
+def _most_chunks(others: int, partial_bytes: int) -> int:
+    """Of which each has partial sums of so many bytes, and `others` programs."""
+    return min(_MOST_CHUNKS, -(-_PROGRAMS // others), _PARTIAL_BYTES // partial_bytes)
 
 
 def _backward_of_one(
@@ -492,7 +490,8 @@ def _backward_of_many(
         )
         channel_tiles = -(-channels // channel_block)
         others = batch * channel_tiles * slot_tiles
-        chunks, blocks = _chunks(-(-h * w // pixel_block), others, batch * slots * channels * 4)
+        most = _most_chunks(others, batch * slots * channels * 4)
+        chunks, blocks = _triton.chunks(-(-h * w // pixel_block), most)
         partial = query.new_empty((batch, chunks, slots, channels), dtype=torch.float32)
         _triton.launch(
             _grad_units,

@@ -83,6 +83,8 @@ def scaled_gradient(saved: Tensor, grad: Tensor, like: Tensor) -> Tensor:
     operator: through `like`, autograd refuses second derivatives, instead of taking `saved` for a constant.
     """
     result = _fake_scaled(saved, grad, like)
+    if saved.device.type == "cuda":  # converts as it multiplies
+        return torch.mul(saved, grad, out=result)
     into, source = result.view(-1), saved.view(-1)
     for start, stop in pieces(saved.numel(), saved.itemsize):
         into[start:stop] = source[start:stop] * grad

@@ -68,7 +68,9 @@ class Tiles:
         chip = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
         key = f"{self.name} {chip} " + " ".join(f"{name}{size}" for name, size in sorted(shape.items()))
         fitting = self.fitting(capability, shape)
-        if mode in ("1", "store"):
+        # A search waits for the device, which the capture of a graph forbids.
+        captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if mode in ("1", "store") and (key in _best or not captured):
             if key not in _best:
                 _best[key] = _search(key, launch, [*fitting, *self.candidates], device)
                 if mode == "store":
@@ -85,16 +87,16 @@ _best: dict[str, Tile] = {}
 
 def path() -> Path:
     """Where tiles are stored."""
-    cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(cache) / "cisc_ext" / "tiles.json"
 
 
 @functools.lru_cache(maxsize=1)
 def _stored() -> dict[str, Tile]:
-    if not path().is_file():
-        return {}
     try:
         read = json.loads(path().read_text())
+    except OSError:  # not there, or not for this user
+        return {}
     except ValueError as error:
         raise ValueError(f"{path()}: expected the JSON of stored tiles, got {error}") from error
     if not isinstance(read, dict) or not all(_is_tile(tile) for tile in read.values()):
@@ -103,10 +105,11 @@ def _stored() -> dict[str, Tile]:
 
 
 def _is_tile(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(size, int) for size in value.values())
+    return isinstance(value, dict) and all(type(size) is int and size > 0 for size in value.values())
 
 
 def _store(key: str, tile: Tile) -> None:
+    _stored.cache_clear()  # what another process has stored meanwhile is kept
     tiles = {**_stored(), key: dict(tile)}
     path().parent.mkdir(parents=True, exist_ok=True)
     partial = path().with_suffix(f".{os.getpid()}")

@@ -15,7 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+from ._implementations import interprets
+
+INTERPRETED = interprets(os.environ)
 _INTERPRETED_MULTIPROCESSORS = 4
 
 pretended: tuple[int, int] | None = None
@@ -95,6 +97,12 @@ def flat(image: Tensor) -> bool:
 def block(size: int, most: int, least: int) -> int:
     """A power of 2 that covers `size`, from `least` to `most`."""
     return min(most, max(next_power_of_2(size), least))
+
+
+def chunks(blocks: int, most: int) -> tuple[int, int]:
+    """How many chunks of `blocks` blocks, `most` or one at the most, and of how many blocks each."""
+    each = -(-blocks // max(1, min(blocks, most)))
+    return -(-blocks // each), each
 
 
 def parts(count: int, bytes_each: int, most: int) -> list[slice]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -499,6 +498,22 @@ def launch_finish(partial: Tensor, state: Tensor, pixels: int, count: int, loss:
     )
 
 
-def zeros(*shape: int, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """On the device of `like`."""
-    return torch.zeros(shape, dtype=dtype, device=like.device)
+@triton.jit
+def count_equal(counts, place):  # type: ignore[no-untyped-def]
+    """Add 1 to counts[place] for each place [RY,RX,CELLS] that is not negative.
+
+    Equal ones lie in regions: a thread adds up what is equal, and a tile of one place is one addition.
+    """
+    most = tl.max(tl.max(place, 0), 0)
+    top = tl.max(most, 0)
+    if tl.min(tl.min(tl.min(tl.where(place < 0, top, place), 0), 0), 0) == top:
+        total = tl.sum(tl.sum(tl.sum((place >= 0).to(tl.int32), 0), 0), 0)
+        tl.atomic_add(counts + tl.maximum(top, 0), total.to(tl.int64), mask=top >= 0, sem="relaxed")
+    else:
+        while top >= 0:
+            same = place == most[None, None]
+            number = tl.sum(tl.sum(same.to(tl.int32), 0), 0)
+            tl.atomic_add(counts + most, number.to(tl.int64), mask=most >= 0, sem="relaxed")
+            place = tl.where(same, -1, place)
+            most = tl.max(tl.max(place, 0), 0)
+            top = tl.max(most, 0)

@@ -211,9 +211,7 @@ def forward(
         checks.class_values(_NAME, classes)
     loss = torch.empty((), dtype=torch.float32, device=device)
     pixels = height * width > 0
-    grad = (torch.empty if pixels else torch.zeros)(
-        similarity.shape if need_grad else (0,), dtype=torch.float32, device=device
-    )
+    grad = torch.empty(similarity.shape if need_grad else (0,), dtype=torch.float32, device=device)
     state = torch.zeros(2, dtype=torch.int64, device=device)
     launch_count(labels, classes, ignore_index, None, state)
     rows, columns = Axis.of(h, height, False), Axis.of(w, width, False)
@@ -252,6 +250,8 @@ def forward(
         return partial
 
     shape = {"S": slots, "H": height, "W": width, "h": h, "w": w, "rows": batch * h * triton.cdiv(w, 32)}
+    shape |= {"gradient": int(need_grad), "bytes": similarity.itemsize}
     partial = _TILES.run(launch, _triton.capability(device), device, shape)
     launch_finish(partial, state, 0, 0, loss)
-    return loss, grad
+    # Without pixels the loss is 0, or NaN for a wrong class, and so is its gradient.
+    return loss, grad if pixels else grad.copy_(loss)

@@ -114,7 +114,7 @@ def _sum_of_class(  # type: ignore[no-untyped-def]
     return tl.sum(total, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_image", "first_chunk", "chunks", "all_chunks"])
 def _pool(  # type: ignore[no-untyped-def]
     features,  # [B,C,h,w]
     weights,  # [images,S or S+1,rows*w]
@@ -220,7 +220,7 @@ def _pool(  # type: ignore[no-untyped-def]
                 partial += channels
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks", "first_image", "whole"])
 def _finish(  # type: ignore[no-untyped-def]
     partial,  # [images,chunks,S,C]; the prototypes themselves where chunks = 1
     totals,  # [B*S+1] int64
@@ -270,17 +270,16 @@ def _scaled(  # type: ignore[no-untyped-def]
     CB: tl.constexpr,
     SB: tl.constexpr,
 ):
-    """The gradients [CB,SB] of the sums from `first`."""
+    """The gradients [CB,SB] of the sums from `first`; that of a class without pixels reaches none."""
     slot = first + tl.arange(0, SB)
-    some = slot < slots
-    count = (tl.load(totals + slot, mask=some, other=0) // whole).to(tl.float32) + eps
-    share = tl.load(
-        grad[:, None] + slot.to(tl.int64)[None, :] * grad_s, mask=inside[:, None] & some[None, :], other=0.0
-    )
+    pixels = tl.load(totals + slot, mask=slot < slots, other=0) // whole
+    some = inside[:, None] & (pixels > 0)[None, :]
+    share = tl.load(grad[:, None] + slot.to(tl.int64)[None, :] * grad_s, mask=some, other=0.0)
+    count = pixels.to(tl.float32) + eps
     return tl.div_rn(share, count[None, :] + tl.zeros([CB, SB], tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_image", "chunks", "blocks", "whole"])
 def _scatter(  # type: ignore[no-untyped-def]
     grad,  # [B,S,C]
     weights,  # [images,S or S+1,rows*w]
@@ -365,13 +364,6 @@ def _scatter(  # type: ignore[no-untyped-def]
         )
 
 
-def _chunks(blocks: int, others: int, most: int) -> tuple[int, int]:
-    """How many chunks, and of how many blocks each, where there are `others` programs beside a chunk."""
-    chunks = max(1, min(blocks, -(-_PROGRAMS // max(1, others)), most))
-    each = -(-blocks // chunks)
-    return -(-blocks // each), each
-
-
 def forward(
     features: Tensor,  # [B,C,h,w]
     labels: Tensor,  # [B,H,W]
@@ -413,13 +405,14 @@ def _pool_images(
     slots, images = weights.slots, pieces[0].images
     one = slots == 1
     least = 1 if one else 16
-    channel_block = min(tile["CB"], max(_triton.next_power_of_2(channels), least))
-    pixel_block = min(tile["PB"], max(_triton.next_power_of_2(h * w), least))
-    slot_block = min(_triton.next_power_of_2(max(slots, least)), _SUMMED_SLOTS)
+    channel_block = _triton.block(channels, tile["CB"], least)
+    pixel_block = _triton.block(h * w, tile["PB"], least)
+    slot_block = _triton.block(slots, _SUMMED_SLOTS, least)
     channel_tiles, slot_tiles = -(-channels // channel_block), -(-slots // slot_block)
     others = images * channel_tiles * slot_tiles
-    most = max(1, _PARTIAL_BYTES // (images * slots * channels * 4 * len(pieces)))
-    plans = [_chunks(-(-p.rows * w // pixel_block), others, min(most, _MOST_CHUNKS)) for p in pieces]
+    most = _PARTIAL_BYTES // (images * slots * channels * 4 * len(pieces))
+    most = min(most, _MOST_CHUNKS, -(-_PROGRAMS // others))
+    plans = [_triton.chunks(-(-piece.rows * w // pixel_block), most) for piece in pieces]
     all_chunks = sum(chunks for chunks, _ in plans)
     partial = prototypes[pieces[0].image :]
     if all_chunks > 1:
@@ -448,7 +441,7 @@ def _pool_images(
             blocks,
             channel_tiles,
             slot_tiles,
-            FLAT=h == 1 or features.stride(2) == w * features.stride(3),
+            FLAT=_triton.flat(features),
             CB=channel_block,
             PB=pixel_block,
             SB=slot_block,
@@ -521,12 +514,12 @@ def _scatter_piece(
     slots = weights.slots
     product = slots > _FEW
     least = 16 if product else 1
-    channel_block = min(tile["CB"], max(_triton.next_power_of_2(channels), least))
-    pixel_block = min(tile["PB"], max(_triton.next_power_of_2(h * w), least))
-    slot_block = min(_triton.next_power_of_2(max(slots, least)), _ADDED_SLOTS)
+    channel_block = _triton.block(channels, tile["CB"], least)
+    pixel_block = _triton.block(h * w, tile["PB"], least)
+    slot_block = _triton.block(slots, _ADDED_SLOTS, least)
     channel_tiles = -(-channels // channel_block)
     others = piece.images * channel_tiles
-    chunks, blocks = _chunks(-(-piece.rows * w // pixel_block), others, piece.rows * w)
+    chunks, blocks = _triton.chunks(-(-piece.rows * w // pixel_block), -(-_PROGRAMS // others))
     _triton.launch(
         _scatter,
         others * chunks,

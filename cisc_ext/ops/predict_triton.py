@@ -21,6 +21,7 @@ from ._tiles import Row, Tile, Tiles
 from ._upsample_triton import (
     AXES,
     Axis,
+    count_equal,
     far,
     first_pixel,
     fraction_in,
@@ -146,7 +147,7 @@ def _predict(  # type: ignore[no-untyped-def]
                     outside = (label == -1) | (label >= num_classes)
                     tl.store(wrong, 1, mask=tl.sum(tl.sum(tl.sum(outside.to(tl.int32), 0), 0), 0) > 0)
                     pair = tl.where(outside | (label < 0), -1, label.to(tl.int32) * num_classes + found)
-                    _count(counts, pair)
+                    count_equal(counts, pair)
                 piece += 1
             y += RY
         row += 1
@@ -184,28 +185,6 @@ def _argmax(  # type: ignore[no-untyped-def]
         plane -= stride_k
         k -= 1
     return found
-
-
-@triton.jit
-def _count(counts, pair):  # type: ignore[no-untyped-def]
-    """Add 1 to counts[pair] for each pair [RY,RX,CELLS] that is not negative.
-
-    Labels and predictions lie in regions: a thread adds up what is equal, and a tile of one pair is one
-    addition.
-    """
-    most = tl.max(tl.max(pair, 0), 0)
-    top = tl.max(most, 0)
-    if tl.min(tl.min(tl.min(tl.where(pair < 0, top, pair), 0), 0), 0) == top:
-        total = tl.sum(tl.sum(tl.sum((pair >= 0).to(tl.int32), 0), 0), 0)
-        tl.atomic_add(counts + tl.maximum(top, 0), total.to(tl.int64), mask=top >= 0, sem="relaxed")
-    else:
-        while top >= 0:
-            same = pair == most[None, None]
-            number = tl.sum(tl.sum(same.to(tl.int32), 0), 0)
-            tl.atomic_add(counts + most, number.to(tl.int64), mask=most >= 0, sem="relaxed")
-            pair = tl.where(same, -1, pair)
-            most = tl.max(tl.max(pair, 0), 0)
-            top = tl.max(most, 0)
 
 
 @triton.jit(do_not_specialize=["bins", "copies", "pixels"])
@@ -294,6 +273,7 @@ def forward(
         return counts
 
     shape = {"K": num_classes, "H": height, "W": width, "h": h, "w": w}
+    shape |= {"labels": int(labels is not None), "bytes": logits.itemsize}
     counts = _TILES.run(launch, _triton.capability(device), device, shape)
     if labels is not None:
         _triton.launch(

@@ -148,6 +148,7 @@ class _Problem:
 
         shape = {"K": num_classes, "H": height, "W": width, "h": h, "w": w}
         shape["rows"] = batch * h * triton.cdiv(w, 32)
+        shape |= {"task": task, "weight": weight, "bytes": self.logits.itemsize}
         return _TILES.run(launch, _triton.capability(logits.device), logits.device, shape)
 
     def find_limit(self, threshold: float | None, min_kept: int) -> None:
@@ -197,8 +198,7 @@ def forward(
     problem.find_limit(ohem_threshold, ohem_min_kept)
     shape = labels.shape if reduction == "none" else ()
     loss = torch.empty(shape, dtype=torch.float32, device=device)
-    new = torch.empty if labels.shape[1] * labels.shape[2] > 0 else torch.zeros
-    grad = new(logits.shape if need_grad else (0,), dtype=torch.float32, device=device)
+    grad = torch.empty(logits.shape if need_grad else (0,), dtype=torch.float32, device=device)
     if reduction == "none":
         problem.run(PIXELS.value, loss=loss)
         return loss, grad
@@ -210,11 +210,13 @@ def forward(
     if need_grad:
         partial = problem.run(GRADIENT.value, grad=grad, count=-1 if by_hard else count, pixels=pixels)
         if by_hard:
-            grad /= state[2].clamp(min=1)
+            # As the kernel divides by a number that is known before.
+            grad *= state[2].clamp(min=1).to(torch.float32).reciprocal()
     else:
         partial = problem.run(LOSS.value)
     launch_finish(partial, state, pixels, count, loss)
-    return loss, grad
+    # Without pixels the loss is 0, or NaN for a wrong class, and so is its gradient.
+    return loss, grad if labels.shape[1] * labels.shape[2] > 0 else grad.copy_(loss)
 
 
 def backward(
