@@ -3,6 +3,7 @@
 PYTHON ?= python3
 OUT ?= benchmarks/results
 LABELS ?=
+JOBS ?= 2
 TORCH := torch==2.13.0
 PY := .venv/bin/python
 SHELL := /bin/bash
@@ -31,8 +32,8 @@ demo: $(BUILT)  ## the six stages on a small generated data set, into runs/demo,
 	@rm -rf runs/demo
 	$(PY) train.py demo --out runs/demo
 
-test: $(BUILT)  ## all tests
-	@$(PY) -m pytest
+test: $(BUILT)  ## all tests, in JOBS processes
+	@$(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 soak: $(BUILT)  ## 100 000 random calls of the operators under AddressSanitizer and UBSan, into $(OUT)
 	@$(PY) tests/fuzz.py --cases 100000 --json "$(OUT)/soak.json"

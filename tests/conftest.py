@@ -20,17 +20,26 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 INTERPRETED = {
-    "test_implementation",
+    "test_compile",
+    "test_feature_that_is_not_finite_in_pooling",
     "test_float32",
+    "test_gradient_of_very_short_and_long_vectors",
+    "test_gradient_that_is_not_finite_in_pooling",
+    "test_gradients_below_the_normal_range",
+    "test_implementation",
     "test_more_winners_than_pixels",
     "test_no_channels",
     "test_no_pixel_of_the_class",
     "test_one_query_pixel_that_is_not_finite",
+    "test_opcheck",
     "test_temperatures",
+    "test_tiny_eps",
     "test_topk_takes_the_first_of_equal_pixels",
     "test_zero_vectors",
 }
 """Tests of any implementation that Triton's interpreter ends in seconds; the others run it on a GPU."""
+LONGEST = ("test_triton_compile.py", "test_ops.py", "test_golden.py")
+"""Files that come first, so that processes side by side end at about the same time."""
 TOO_LONG = "long in Triton's interpreter: a GPU runs it, or CISC_INTERPRET_ALL=1"
 
 
@@ -42,13 +51,14 @@ def _interprets(item: pytest.Item) -> bool:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what the interpreter takes minutes for; with CISC_TESTS_SHARD=I/N, all but the I-th of N
-    parts, in which tests of the same case stay together."""
+    """Leave out what the interpreter takes minutes for, and have the longest files first; with
+    CISC_TESTS_SHARD=I/N, all but the I-th of N parts, in which tests of the same case stay together."""
     if os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get("CISC_INTERPRET_ALL") != "1":
         for item in items:
             name = getattr(item, "originalname", item.name)
             if _interprets(item) and name not in INTERPRETED:
                 item.add_marker(pytest.mark.skip(reason=TOO_LONG))
+    items.sort(key=lambda item: item.path.name not in LONGEST)
     if not os.environ.get("CISC_TESTS_SHARD"):
         return
     shard, count = map(int, os.environ["CISC_TESTS_SHARD"].split("/"))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -213,14 +214,75 @@ def test_what_is_asked_before_measuring(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.usefixtures("green")
-def test_what_is_not_begun_in_time_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_begun_in_time_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And an operator of which nothing was begun is an error."""
     monkeypatch.setattr(kernels, "measure_case", lambda *_: pytest.fail("measured"))
-    result = measured_kernels(
-        *(tmp_path / "k.json", "--op", "predict", "--workload", "pascal", "--stop-after", "0.001")
-    )
+    path = tmp_path / "k.json"
+    words = ["--op", "predict", "--workload", "pascal", "--stop-after", "0.001"]
+    assert kernels.main(["--quick", "--json", str(path), *words]) == 1
+    assert capsys.readouterr().err == "error: nothing was measured of predict\n"
+    result = json.loads(path.read_text())
     assert result["rows"] == result["winners"] == []
     assert {one["reason"] for one in result["left_out"]} == {"not begun within 0.001 s"}
     assert [one["dtype"] for one in result["left_out"]] == ["float32", "bfloat16"]
+
+
+@pytest.mark.usefixtures("green")
+def test_each_operator_has_its_turn_where_time_is_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def measured(key: kernels.Key, *_: Any) -> list[dict[str, Any]]:
+        seen.append(key[0])
+        return []
+
+    monkeypatch.setattr(kernels, "measure_case", measured)
+    words = ["--op", "map_consistency", "predict", "--workload", "pascal", "--stop-after", "60"]
+    kernels.main(["--quick", "--json", str(tmp_path / "k.json"), *words])
+    assert seen[:4] == ["map_consistency", "predict"] * 2
+
+
+class Failing:
+    """Stands for a pool whose process raises."""
+
+    _processes: dict[int, Any] | None = None
+
+    def submit(self, *_: Any) -> Future[Any]:
+        result: Future[Any] = Future()
+        result.set_exception(RuntimeError("CUDA error: an illegal memory access\nmore"))
+        return result
+
+    def shutdown(self, **_: Any) -> None:
+        pass
+
+
+@pytest.mark.usefixtures("green")
+def test_a_kernel_that_raises_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The process is not used again: after an error of a GPU nothing works in it. A rival is left out."""
+    with kernels.Trials() as trials:
+        trials.pool = Failing()  # type: ignore[assignment]
+        key = ("predict", "image_128x256", "float32", "forward", "cpu")
+        with pytest.raises(kernels.FailedError, match=r"^CUDA error: an illegal memory access$"):
+            trials.run(key, kernels.Contender("reference", False), 1, 1.0)
+        assert trials.pool is None
+
+    def run(self: kernels.Trials, key: kernels.Key, contender: kernels.Contender, *_: Any) -> Any:
+        raise kernels.FailedError(f"{contender.name} fails")
+
+    monkeypatch.setattr(kernels.Trials, "run", run)
+    first = OPERATORS["predict"].implementations[-1]
+    broken = dataclasses.replace(first, name="triton")
+    made = dataclasses.replace(OPERATORS["predict"], implementations=(first, broken))
+    monkeypatch.setitem(OPERATORS, "predict", made)
+    command = ["--quick", "--op", "predict", "--workload", "image_128x256", "--json", str(tmp_path / "j")]
+    assert kernels.main([*command, "--impl", "reference"]) == 0
+    assert kernels.main(command) == 1
+    assert capsys.readouterr().err == "error: predict image_128x256 float32 forward: triton: triton fails\n"
 
 
 @pytest.mark.usefixtures("green")

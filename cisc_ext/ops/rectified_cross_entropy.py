@@ -407,7 +407,7 @@ def _samples() -> Iterator[Sample]:
     yield sample("three_classes_other_size", (2, 4, 5, 7, 18, 25), (3, 6, 11), reduction="valid_mean")
     yield sample("own_likeness", (1, 3, 4, 5, 13, 11), (1, 7, 3), own=True, reduction="sum")
     yield sample("per_pixel", (2, 3, 4, 5, 13, 11), (2, 4, 5), reduction="none")
-    yield sample("ohem", (2, 6, 5, 5, 21, 17), (1, 5, 5), ohem_threshold=0.2, ohem_min_kept=200)
+    yield sample("ohem", (2, 5, 4, 5, 13, 11), (1, 5, 5), ohem_threshold=0.2, ohem_min_kept=80)
     yield sample("ohem_few_valid", (1, 3, 4, 4, 9, 9), None, ohem_threshold=0.1, reduction="valid_mean")
     yield sample("down", (1, 3, 9, 8, 4, 5), None)
     yield sample("one_pixel", (1, 2, 1, 1, 6, 5), (1, 1, 1))
