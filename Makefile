@@ -33,7 +33,7 @@ demo: $(BUILT)  ## the six stages on a small generated data set, into runs/demo,
 	$(PY) train.py demo --out runs/demo
 
 test: $(BUILT)  ## all tests, in JOBS processes
-	@$(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	@OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 soak: $(BUILT)  ## 100 000 random calls of the operators under AddressSanitizer and UBSan, into $(OUT)
 	@$(PY) tests/fuzz.py --cases 100000 --json "$(OUT)/soak.json"

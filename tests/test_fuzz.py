@@ -23,7 +23,7 @@ from cisc_ext.ops.registry import OPERATORS, Call, Implementation
 
 ROOT = Path(__file__).resolve().parents[1]
 CASES = 2000
-INTERPRETED, MOST_WORK = 6, 5000
+INTERPRETED, MOST_WORK = 5, 3000
 """Cases of an operator in Triton's interpreter, which is slow, and pixels times classes of each."""
 
 sanitizers = pytest.mark.skipif(not fuzz.preloads(), reason=f"no g++ with {', '.join(fuzz.LIBRARIES)}")

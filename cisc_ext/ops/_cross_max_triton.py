@@ -192,6 +192,7 @@ def resolve(  # type: ignore[no-untyped-def]
     starts,
     stops,
     bad,  # [B,m+1] int32: how many guide rows before this one are not finite
+    alike,  # [B,m] int32: the first guide row of the class that has the same numbers
     value,  # [splits,B,S,n]
     code,  # [splits,B,S,n]
     query_pixels,
@@ -263,6 +264,9 @@ def resolve(  # type: ignore[no-untyped-def]
         better = (mask > 0) & ((here > top) | ((here == top) & (there < position)))
         top, position = tl.where(better, here, top), tl.where(better, there, position)
         mask = mask & (mask - 1)
+    # Where two rows differ by no more than rounding, another may be best here than in `sweep_max`: then one
+    # with its numbers may come before it.
+    position = tl.load(alike + b * guide_pixels + position, mask=inside & members, other=0)
     # A guide vector that is not finite makes its class NaN, and the first one is its index.
     bad_row = bad + b * (guide_pixels + 1)
     before = tl.load(bad_row + start, mask=inside, other=0)

@@ -25,6 +25,7 @@ _RESIDENT = 256
 """Channels up to which a tile of the query is held as a whole."""
 _CHUNK = 64
 _BLOCK = 32
+_LABEL_BITS = 0x2545F4914F6CDD1D
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -86,6 +87,7 @@ class Rows(NamedTuple):
     )
     inverse: Tensor  # [B,n] float32, 1 / norm; 0 below eps
     order: Tensor | None  # [B,n] int64, pixel of each row; None: as they are
+    digest: Tensor | None  # [B,n] int64, alike for rows of the same numbers, where asked for
 
     @property
     def pixels(self) -> int:
@@ -100,6 +102,7 @@ class Ranges(NamedTuple):
     """
 
     guide_order: Tensor  # [B,m] int64
+    guide_labels: Tensor  # [B,m] int64, sorted
     query_order: Tensor | None  # [B,n] int64 in own-label mode
     start: Tensor  # [B,S] or [B,n] int32
     stop: Tensor  # [B,S] or [B,n] int32
@@ -139,6 +142,17 @@ def _bounds(labels: Tensor, values: Tensor, valid: Tensor) -> tuple[Tensor, Tens
     return start.to(torch.int32), torch.where(valid, stop, start).to(torch.int32)
 
 
+def first_alike(guide: Rows, found: Ranges) -> Tensor:
+    """Of each guide row the first one of its class that has the same numbers, [B,m] int32.
+
+    Two rows are the same if 64 bits that are made of theirs and of the class are.
+    """
+    assert guide.digest is not None
+    keys, perm = (guide.digest + found.guide_labels * _LABEL_BITS).sort(dim=1, stable=True)
+    first = perm.gather(1, torch.searchsorted(keys, keys)).to(torch.int32)
+    return torch.empty_like(first).scatter_(1, perm, first)
+
+
 def ranges(
     query: Tensor,  # [B,C,h,w]
     guide: Tensor,  # [B,C,h',w']
@@ -153,12 +167,13 @@ def ranges(
     if classes is not None:
         values = classes.to(torch.int64).contiguous()
         start, stop = _bounds(guide_sorted, values, values >= 0)
-        return Ranges(guide_order, None, start, stop, *[start] * 4)
+        return Ranges(guide_order, guide_sorted, None, start, stop, *[start] * 4)
     assert query_labels is not None
     query_sorted, query_order = _low(query_labels, query).sort(dim=1, stable=True)
     query_sorted = query_sorted.to(torch.int64)
     return Ranges(
         guide_order,
+        guide_sorted,
         query_order,
         *_bounds(guide_sorted, query_sorted, query_sorted != ignore_index),
         torch.searchsorted(query_sorted, query_sorted, right=True).to(torch.int32),
@@ -184,11 +199,13 @@ def pack_rows(  # type: ignore[no-untyped-def]
     packed,  # [B,n,width]
     scale,  # [B,n]
     inverse,  # [B,n]
+    digest,  # [B,n] int64, where DIGEST: rows of the same numbers have the same one
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
     PADDED: tl.constexpr,
     ORDERED: tl.constexpr,
     SPLIT: tl.constexpr,
+    DIGEST: tl.constexpr,
 ):
     program = tl.program_id(0)
     b = (program // blocks).to(tl.int64)
@@ -234,6 +251,7 @@ def pack_rows(  # type: ignore[no-untyped-def]
     dropped = bad | zero
     WIDTH: tl.constexpr = 2 * PADDED if SPLIT else PADDED
     target = packed + (b * pixels + row)[:, None] * WIDTH
+    sums = tl.zeros([BLOCK], tl.int64)
     for first in range(0, PADDED, CHUNK):
         c = (first + channel).to(tl.int64)
         mask = inside[:, None] & (c < channels)[None, :]
@@ -241,9 +259,17 @@ def pack_rows(  # type: ignore[no-untyped-def]
         x = tl.where(dropped[:, None], 0.0, x.to(tl.float64) * factor[:, None])
         high = x.to(tl.float32).to(packed.dtype.element_ty)
         tl.store(target + c[None, :], high, mask=inside[:, None])
+        bits = high.to(tl.int16, bitcast=True).to(tl.int64)
         if SPLIT:
             low = (x - high.to(tl.float64)).to(tl.float32).to(packed.dtype.element_ty)
             tl.store(target + PADDED + c[None, :], low, mask=inside[:, None])
+            bits = bits * 65536 + low.to(tl.int16, bitcast=True).to(tl.int64)
+        if DIGEST:
+            mixed = (bits + (c[None, :] + 1) * 0x1E3779B97F4A7C15) * 0x3F58476D1CE4E5B9
+            mixed = (mixed ^ (mixed >> 29)) * 0x14D049BB133111EB
+            sums += tl.sum(mixed ^ (mixed >> 32), 1)
+    if DIGEST:
+        tl.store(digest + b * pixels + row, sums, mask=inside)
 
 
 def pack(
@@ -251,12 +277,15 @@ def pack(
     order: Tensor | None,  # [B,n] int64
     form: Form,
     eps: float,
+    *,
+    digests: bool = False,
 ) -> Rows:
     """The pixels of images as rows, in `order`."""
     batch, channels, height, width = image.shape
     pixels, device = height * width, image.device
     packed = torch.empty(batch, pixels, form.width, dtype=form.dtype, device=device)
     scale, inverse = torch.empty(2, batch, pixels, dtype=torch.float32, device=device)
+    digest = torch.empty(batch, pixels, dtype=torch.int64, device=device) if digests else None
     blocks = -(-pixels // _BLOCK)
     _triton.launch(
         pack_rows,
@@ -272,11 +301,13 @@ def pack(
         packed,
         scale,
         inverse,
+        tensor_or(digest, scale),
         BLOCK=_BLOCK,
         CHUNK=form.piece,
         PADDED=form.padded,
         ORDERED=order is not None,
         SPLIT=form.split,
+        DIGEST=digests,
         num_warps=4,
     )
-    return Rows(image, packed, scale, inverse, order)
+    return Rows(image, packed, scale, inverse, order, digest)

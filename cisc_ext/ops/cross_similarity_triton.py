@@ -19,7 +19,7 @@ from . import _cross_softmax_triton as by_softmax
 from . import _cross_topk_triton as by_topk
 from . import _triton
 from ._cross_means_triton import few_labels, mean, mean_backward
-from ._cross_pack_triton import Form, Ranges, Rows, form, pack, ranges, tensor_or
+from ._cross_pack_triton import Form, Ranges, Rows, first_alike, form, pack, ranges, tensor_or
 from ._cross_winners_triton import WINNER_BYTES, winners_backward
 from ._tiles import Row, Tile, Tiles
 
@@ -154,14 +154,14 @@ def _groups(query: Tensor, guide: Tensor, made: Form, workspace_bytes: int = 0) 
 
 
 def _by_class(
-    made: Form, tensors: tuple[Any, ...], images: slice, ignore_index: int, eps: float
+    made: Form, tensors: tuple[Any, ...], images: slice, ignore_index: int, eps: float, digests: bool = False
 ) -> tuple[Ranges, tuple[Rows, Rows]]:
     """Which rows of some images are compared, and those of both sides, sorted."""
     parts: Any = (None if one is None else one[images] for one in tensors)
     query, guide, guide_labels, classes, query_labels = parts
     found = ranges(query, guide, guide_labels, classes, query_labels, ignore_index)
-    sides = (pack(query, found.query_order, made, eps), pack(guide, found.guide_order, made, eps))
-    return found, sides
+    theirs = pack(guide, found.guide_order, made, eps, digests=digests)
+    return found, (pack(query, found.query_order, made, eps), theirs)
 
 
 def forward(
@@ -194,7 +194,7 @@ def forward(
     tensors = (query, guide, guide_labels, classes, query_labels)
 
     def compare(images: slice) -> None:
-        found, sides = _by_class(made, tensors, images, ignore_index, eps)
+        found, sides = _by_class(made, tensors, images, ignore_index, eps, indexed and reduction != "topk")
         if reduction == "mean":
             mean(made, *sides, found, few_labels(guide_labels), similarity[images])
             if not indexed:
@@ -238,6 +238,7 @@ def _max(
     device = index.device
     bad = torch.zeros(batch, guide.pixels + 1, dtype=torch.int32, device=device)
     torch.cumsum(guide.scale.isnan(), 1, dtype=torch.int32, out=bad[:, 1:])
+    alike = first_alike(guide, found)
 
     def launch(tile: Tile) -> None:
         tiles = -(-query.pixels // tile["BLOCK_QUERY"])
@@ -279,6 +280,7 @@ def _max(
             found.start,
             found.stop,
             bad,
+            alike,
             value,
             code,
             query.pixels,
