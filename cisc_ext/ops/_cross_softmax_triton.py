@@ -65,18 +65,19 @@ def _step_softmax(  # type: ignore[no-untyped-def]
     )  # fmt: skip
     # Where one pixel outweighs the others, its cosine is the mean to the last bit.
     product *= size[None, :] * query_size[:, None]
-    exponent = product * sharpness
+    cosine = product
     if not WHOLE:
         inside = first + tl.arange(0, BLOCK_GUIDE) < stop
-        exponent = tl.where(inside[None, :], exponent, float("-inf"))
-    exponent = tl.reshape(exponent, [BLOCK_QUERY, BLOCK_GUIDE // LANES, LANES])
+        cosine = tl.where(inside[None, :], cosine, float("-inf"))
+    cosine = tl.reshape(cosine, [BLOCK_QUERY, BLOCK_GUIDE // LANES, LANES])
     product = tl.reshape(product, [BLOCK_QUERY, BLOCK_GUIDE // LANES, LANES])
-    new = tl.maximum(top, tl.where(rows_in[:, None], tl.max(exponent, 1), float("-inf")))
+    new = tl.maximum(top, tl.where(rows_in[:, None], tl.max(cosine, 1), float("-inf")))
     # Nothing yet: any shift will do.
     safe = tl.where(new == float("-inf"), 0.0, new)
-    old = tl.exp2(top - safe)
+    old = tl.exp2((top - safe) * sharpness)
     total, weighted, top = total * old, weighted * old, new
-    weight = tl.exp2(exponent - safe[:, None, :])
+    # The difference is exact where it matters, and multiplied only then.
+    weight = tl.exp2((cosine - safe[:, None, :]) * sharpness)
     total += tl.where(rows_in[:, None], tl.sum(weight, 1), 0.0)
     weighted += tl.where(rows_in[:, None], tl.sum(weight * product, 1), 0.0)
     return top, total, weighted
@@ -134,7 +135,7 @@ def _scan_softmax(  # type: ignore[no-untyped-def]
             )  # fmt: skip
         new = tl.maximum(top, tl.max(lane_top, 1))
         safe = tl.where(new == float("-inf"), 0.0, new)
-        old, lane_old = tl.exp2(top - safe), tl.exp2(lane_top - safe[:, None])
+        old, lane_old = tl.exp2((top - safe) * sharpness), tl.exp2((lane_top - safe[:, None]) * sharpness)
         total = total * old + tl.sum(lane_total * lane_old, 1)
         weighted = weighted * old + tl.sum(lane_weighted * lane_old, 1)
         top = new
@@ -158,7 +159,7 @@ def sweep_softmax(  # type: ignore[no-untyped-def]
     splits,
     sharpness,  # log2(e) / temperature
     # outputs
-    tops,  # [splits,B,S,n] float32: what was taken off the exponents, in powers of 2
+    tops,  # [splits,B,S,n] float32: the largest cosine, to which the weights are relative
     totals,  # [splits,B,S,n]: sum of the weights
     sums,  # [splits,B,S,n]: sum of weight times cosine
     BLOCK_QUERY: tl.constexpr,
@@ -223,6 +224,7 @@ def combine_softmax(  # type: ignore[no-untyped-def]
     query_pixels,
     rows,  # B * S * n
     slots,
+    blocks,
     splits,
     sharpness,  # log2(e) / temperature
     stride_b,
@@ -234,8 +236,10 @@ def combine_softmax(  # type: ignore[no-untyped-def]
     OWN: tl.constexpr,
 ):
     """Put the splits together."""
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < rows
+    plane = (tl.program_id(0) // blocks).to(tl.int64)
+    row = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    inside = row < query_pixels
+    place = plane * query_pixels + row
     top = tl.full([BLOCK], float("-inf"), tl.float32)
     for split in range(splits):
         top = tl.maximum(top, tl.load(tops + split * rows + place, mask=inside, other=float("-inf")))
@@ -243,18 +247,20 @@ def combine_softmax(  # type: ignore[no-untyped-def]
     total = tl.zeros([BLOCK], tl.float32)
     weighted = tl.zeros([BLOCK], tl.float32)
     for split in range(splits):
-        factor = tl.exp2(tl.load(tops + split * rows + place, mask=inside, other=float("-inf")) - safe)
+        top = tl.load(tops + split * rows + place, mask=inside, other=float("-inf"))
+        factor = tl.exp2((top - safe) * sharpness)
         total += tl.load(totals + split * rows + place, mask=inside, other=0.0) * factor
         weighted += tl.load(sums + split * rows + place, mask=inside, other=0.0) * factor
     empty = total == 0.0
-    row, slot, b = place % query_pixels, place // query_pixels % slots, place // query_pixels // slots
+    slot, b = plane % slots, plane // slots
+    pixel = row.to(tl.int64)
     if OWN:
-        row = tl.load(query_order + b * query_pixels + row, mask=inside, other=0)
-    out = b * stride_b + slot * stride_s + row
+        pixel = tl.load(query_order + b * query_pixels + row, mask=inside, other=0)
+    out = b * stride_b + slot * stride_s + pixel
     mean = tl.where(empty, 0.0, tl.div_rn(weighted, tl.where(empty, 1.0, total)))
     tl.store(similarity + out, mean, mask=inside)
     # Around the mean a logarithm is small, and rounded little; float64 keeps its two large parts apart.
-    shift = safe.to(tl.float64) - mean.to(tl.float64) * sharpness
+    shift = (safe.to(tl.float64) - mean.to(tl.float64)) * sharpness
     log = tl.log(total.to(tl.float64)) + shift * 0.6931471805599453
     tl.store(log_total + out, log.to(tl.float32), mask=inside)
 

@@ -349,15 +349,16 @@ def _softmax(
             **_constants(made, device),
             **tile,
         )
-        rows = batch * slots * query.pixels
+        blocks = -(-query.pixels // _COMBINED)
         _triton.launch(
             by_softmax.combine_softmax,
-            -(-rows // _COMBINED),
+            batch * slots * blocks,
             tensor_or(query.order, found.guide_order),
             *parts.unbind(),
             query.pixels,
-            rows,
+            batch * slots * query.pixels,
             slots,
+            blocks,
             splits,
             _LOG2_E / temperature,
             *similarity.stride()[:2],
