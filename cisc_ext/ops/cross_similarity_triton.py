@@ -194,7 +194,9 @@ def forward(
     tensors = (query, guide, guide_labels, classes, query_labels)
 
     def compare(images: slice) -> None:
-        found, sides = _by_class(made, tensors, images, ignore_index, eps, indexed and reduction != "topk")
+        resolved = indexed and reduction != "topk"
+        found, sides = _by_class(made, tensors, images, ignore_index, eps, digests=resolved)
+        special = _special_rows(sides[1], found) if resolved else None
         if reduction == "mean":
             mean(made, *sides, found, few_labels(guide_labels), similarity[images])
             if not indexed:
@@ -208,8 +210,8 @@ def forward(
                 _topk(made, *sides, some, here, index_here, saved_here)
             elif reduction == "softmax":
                 _softmax(made, *sides, some, temperature, here, saved_here)
-            if index_here is not None and reduction != "topk":
-                _max(made, *sides, some, here if reduction == "max" else None, index_here)
+            if index_here is not None and special is not None:
+                _max(made, *sides, some, special, here if reduction == "max" else None, index_here)
 
     # What a group needs is let go with its call, before the next one is packed.
     for images in _groups(query, guide, made) if similarity.numel() and pixels else ():
@@ -225,20 +227,27 @@ def _splits(programs: int, guide_pixels: int, block: int, device: torch.device) 
     return max(1, min(wanted, _MOST_SPLITS, guide_pixels // (4 * block)))
 
 
+def _special_rows(guide: Rows, found: Ranges) -> tuple[Tensor, Tensor]:
+    """What the winner among guide rows depends on beside products: how many rows before each one, and all,
+    are not finite [B,m+1], and the first row that each is like [B,m]."""
+    bad = torch.zeros(guide.scale.shape[0], guide.pixels + 1, dtype=torch.int32, device=guide.scale.device)
+    torch.cumsum(guide.scale.isnan(), 1, dtype=torch.int32, out=bad[:, 1:])
+    return bad, first_alike(guide, found)
+
+
 def _max(
     made: Form,
     query: Rows,
     guide: Rows,
     found: Ranges,
+    special: tuple[Tensor, Tensor],
     # outputs
     similarity: Tensor | None,  # [B,S,h,w]
     index: Tensor,  # [B,S,h,w]
 ) -> None:
     batch, slots = index.shape[:2]
     device = index.device
-    bad = torch.zeros(batch, guide.pixels + 1, dtype=torch.int32, device=device)
-    torch.cumsum(guide.scale.isnan(), 1, dtype=torch.int32, out=bad[:, 1:])
-    alike = first_alike(guide, found)
+    bad, alike = special
 
     def launch(tile: Tile) -> None:
         tiles = -(-query.pixels // tile["BLOCK_QUERY"])
