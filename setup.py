@@ -3,8 +3,9 @@
 Environment: CISC_CPP=0|1 (0: pure Python, nothing compiled; default: where a C++ compiler is found),
 CISC_CUDA=0|1 (default: where nvcc is found; 1 needs C++), CISC_CUDA_ARCHS (such as "8.0;9.0a;9.0+PTX"),
 CISC_DEBUG=1 (-O0 -g), CXX, CUDA_HOME.
-CISC_SANITIZE=1 (AddressSanitizer and UBSan, for tests/fuzz.py) builds into a folder of its own, never in
-place, since it loads only where their libraries are preloaded: python setup.py build --build-lib FOLDER.
+CISC_SANITIZE=1 (AddressSanitizer and UBSan, for tests/fuzz.py) and CISC_SIMT=1 (the CUDA kernels as C++ that
+runs on the CPU, for tests: CISC_OPS=FOLDER/cisc_ext/_ops.so) build into a folder of their own, never in place:
+python setup.py build --build-lib FOLDER.
 Objects are kept in build/objects under the hash of all that goes into them.
 """
 
@@ -34,6 +35,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
+SIMT = ROOT / "tests" / "simt"
 OBJECTS = ROOT / "build" / "objects"
 
 COMPILERS = ("g++", "c++", "clang++")
@@ -216,6 +218,7 @@ class Builder:
         self.cuda = decide_cuda(env)
         self.debug = bool(flag(env, "CISC_DEBUG"))
         self.sanitize = SANITIZE if flag(env, "CISC_SANITIZE") else []
+        self.simt = bool(flag(env, "CISC_SIMT"))
         self.env = env
         self.cxx = find_cxx(env) or stop(f"no C++ compiler: {', '.join(COMPILERS)} not found on PATH")
         # What is left without a launcher (ccache g++) and flags (g++ -m64).
@@ -289,13 +292,26 @@ class Builder:
             jobs.append(Job((*command, "-c", "$in", "-o", "$out"), (source,), ".o", self.identity))
         return jobs
 
+    def simt_jobs(self) -> list[Job]:
+        """The objects of the CUDA sources as C++."""
+        flags = [*self.flags, *self.against_torch, "-DCISC_SIMT", "-Wno-unknown-pragmas"]
+        flags += ["-I", str(CSRC), "-I", str(SIMT)]
+        # longjmp goes from one stack to another
+        flags += ["-U_FORTIFY_SOURCE", "-mf16c"] if os.uname().machine == "x86_64" else ["-U_FORTIFY_SOURCE"]
+        command = (*self.cxx, *flags, "-x", "c++", "-c", "$in", "-o", "$out")
+        headers = " ".join(hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(SIMT.iterdir()))
+        sources = [*sorted(CSRC.glob("*.cu")), *sorted(SIMT.glob("*.cpp"))]
+        return [Job(command, (source,), ".o", f"{self.identity} {headers}") for source in sources]
+
     def ops(self) -> Path:
         """The operator library; needs no Python and runs on torch 2.10 and newer."""
-        jobs = self.host_jobs()
+        jobs = self.simt_jobs() if self.simt else self.host_jobs()
         link: list[str] = []
-        if self.cuda.sources:
+        if self.cuda.sources and not self.simt:
             nvcc = [self.cuda.nvcc, "-std=c++17", *(["-O0", "-g"] if self.debug else ["-O3", "-lineinfo"])]
-            nvcc += ["--expt-relaxed-constexpr", "-ccbin", self.compiler_path, *self.cuda.gencode]
+            # As in C++, a product and a sum are fused only where the code says so.
+            nvcc += ["-fmad=false", "--expt-relaxed-constexpr", "--threads", "0"]
+            nvcc += ["-ccbin", self.compiler_path, *self.cuda.gencode]
             nvcc += ["-Xcompiler=-fPIC", "-Xcompiler=-fvisibility=hidden", *self.against_torch]
             for source in self.cuda.sources:
                 command = [*nvcc, "-c", "$in", "-o", "$out"]
@@ -382,8 +398,9 @@ class BuildExt(build_ext):
 
     def run(self) -> None:
         """Refuse to leave in place what Python alone cannot load, then build."""
-        if flag(os.environ, "CISC_SANITIZE") and (self.inplace or self.editable_mode):
-            stop("CISC_SANITIZE=1 builds into a folder of its own: python setup.py build --build-lib FOLDER")
+        for name in ("CISC_SANITIZE", "CISC_SIMT"):
+            if flag(os.environ, name) and (self.inplace or self.editable_mode):
+                stop(f"{name}=1 builds into a folder of its own: python setup.py build --build-lib FOLDER")
         super().run()
 
     def build_extensions(self) -> None:
@@ -421,7 +438,7 @@ def extensions(env: Mapping[str, str]) -> list[Extension]:
         return []
     if find_cxx(env) is None:
         missing = f"no C++ compiler: {', '.join(COMPILERS)} not found on PATH (CXX names another)"
-        for name in ("CISC_CPP", "CISC_CUDA", "CISC_SANITIZE"):
+        for name in ("CISC_CPP", "CISC_CUDA", "CISC_SANITIZE", "CISC_SIMT"):
             if flag(env, name):
                 stop(f"{name}=1, but {missing}")
         print(f"cisc_ext: C++ left out: {missing}; {WITHOUT}")

@@ -41,8 +41,34 @@ inline void check_size(const char* op, const char* name, const Tensor& tensor, i
         dim, ", got ", tensor.size(dim));
 }
 
+// Where a kernel runs, and its tensors are.
+enum class Place { cpu, cuda };
+
+inline void check_place(const char* op, const char* name, const Tensor& tensor, Place place) {
+  if (place == Place::cpu) {
+    check(tensor.is_cpu(), op, name, " must be on the CPU like the other arguments");
+  } else {
+    check(tensor.is_cuda(), op, name, " must be on the GPU like the other arguments");
+  }
+}
+
 inline void check_cpu(const char* op, const char* name, const Tensor& tensor) {
-  check(tensor.is_cpu(), op, name, " must be on the CPU like the other arguments");
+  check_place(op, name, tensor, Place::cpu);
+}
+
+// Two GPUs are no one place.
+inline void check_same_device(const char* op, const char* name, const Tensor& tensor, const Tensor& other) {
+  check(tensor.get_device_index() == other.get_device_index(), op, name, " must be on the GPU ",
+        other.get_device_index(), " like the other arguments, got ", tensor.get_device_index());
+}
+
+// Maps [B,K,h,w] that are brought to labels of height x width.
+inline void check_sides(const char* op, const Tensor& maps, int64_t height, int64_t width) {
+  constexpr int64_t most = 1LL << 30;
+  const int64_t h = maps.size(2), w = maps.size(3);
+  check(h > 0 && w > 0, op, "maps must have at least one pixel, got ", h, " x ", w);
+  check(h <= most && w <= most && height <= most && width <= most, op, "no side may be longer than ", most,
+        " pixels, got ", h, " x ", w, " and ", height, " x ", width);
 }
 
 // `names` is what the message shows, such as "uint8, int32 or int64".
@@ -59,17 +85,18 @@ inline void check_features(const char* op, const char* name, ScalarType dtype) {
               "float32, bfloat16 or float16");
 }
 
-inline void check_labels(const char* op, const Tensor& labels, const char* name = "labels") {
+inline void check_labels(const char* op, const Tensor& labels, const char* name = "labels",
+                         Place place = Place::cpu) {
   check_rank(op, name, labels, 3, "[B,H,W]");
   check_dtype(op, name, labels.scalar_type(), {ScalarType::Byte, ScalarType::Int, ScalarType::Long},
               "uint8, int32 or int64");
-  check_cpu(op, name, labels);
+  check_place(op, name, labels, place);
 }
 
-inline void check_classes(const char* op, const Tensor& classes) {
+inline void check_classes(const char* op, const Tensor& classes, Place place = Place::cpu) {
   check_rank(op, "classes", classes, 2, "[B,S]");
   check_dtype(op, "classes", classes.scalar_type(), {ScalarType::Int, ScalarType::Long}, "int32 or int64");
-  check_cpu(op, "classes", classes);
+  check_place(op, "classes", classes, place);
 }
 
 }  // namespace cisc

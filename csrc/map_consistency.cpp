@@ -57,7 +57,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& similarity, const Tensor& label
   Tensor grad = gradient_like(similarity, need_grad);
   if (labels.numel() == 0 || !any) return {scalar(similarity, 0.0), grad};
   const upsample::Grid shape = grid_of(similarity, labels.size(1), labels.size(2), false);
-  check_grid(kName, shape);
+  check_sides(kName, similarity, labels.size(1), labels.size(2));
   const upsample::Tables table(shape);
   const upsample::Plan p = plan(table.grid, batch, need_grad);
   const Problem problem{table.grid,   read_image(similarity), p,           read_labels(labels), ignore_index,

@@ -1,13 +1,12 @@
 // predict: classes and their confusion matrix from low-resolution logits, without logits at full resolution.
 
-#include "predict.h"
-
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
 #include <tuple>
 
 #include "isa.h"
+#include "predict_arguments.h"
 #include "predict_kernel.h"
 #include "tensors.h"
 
@@ -26,19 +25,8 @@ constexpr const char* kName = "predict";
 // confusion: [K,K] int64, rows = truth; [0] without labels
 std::tuple<Tensor, Tensor> forward(const Tensor& logits, int64_t height, int64_t width,
                                    const std::optional<Tensor>& labels, int64_t ignore_index) {
-  check_rank(kName, "logits", logits, 4, "[B,K,h,w]");
-  check_features(kName, "logits", logits.scalar_type());
-  check_cpu(kName, "logits", logits);
+  check_arguments(kName, logits, height, width, labels, Place::cpu);
   const int64_t batch = logits.size(0), planes = logits.size(1);
-  check(planes >= 1 && planes <= kMaxClasses, kName, "logits must have 1 to ", kMaxClasses, " classes, got ",
-        planes);
-  check(height >= 0 && width >= 0, kName, "size must not be negative, got ", height, " x ", width);
-  if (labels.has_value()) {
-    check_labels(kName, *labels);
-    check_size(kName, "labels", *labels, 0, batch, "[B,H,W]");
-    check_size(kName, "labels", *labels, 1, height, "[B,H,W]");
-    check_size(kName, "labels", *labels, 2, width, "[B,H,W]");
-  }
   const std::array<int64_t, 3> size{batch, height, width};
   const std::array<int64_t, 2> square{planes, planes};
   const std::array<int64_t, 1> none{0};
@@ -48,7 +36,6 @@ std::tuple<Tensor, Tensor> forward(const Tensor& logits, int64_t height, int64_t
                          : torch::stable::new_zeros(logits, {none.data(), none.size()}, ScalarType::Long);
   if (classes.numel() == 0) return {classes, confusion};
   const upsample::Grid shape = grid_of(logits, height, width, true);
-  check_grid(kName, shape);
   const upsample::Tables table(shape);
   const upsample::Plan p = plan(table.grid, batch);
   Problem problem{table.grid,
@@ -75,10 +62,6 @@ std::tuple<Tensor, Tensor> forward(const Tensor& logits, int64_t height, int64_t
 }  // namespace
 }  // namespace cisc::predict
 
-STABLE_TORCH_LIBRARY_FRAGMENT(cisc_ext, m) {
-  m.def(
-      "predict(Tensor logits, SymInt height, SymInt width, Tensor? labels, int ignore_index) "
-      "-> (Tensor classes, Tensor confusion)");
-}
+STABLE_TORCH_LIBRARY_FRAGMENT(cisc_ext, m) { m.def(cisc::predict::kSchema); }
 
 STABLE_TORCH_LIBRARY_IMPL(cisc_ext, CPU, m) { m.impl("predict", TORCH_BOX(&cisc::predict::forward)); }

@@ -88,14 +88,6 @@ inline std::vector<int64_t> read_classes(const char* op, const Tensor& classes, 
        most);
 }
 
-inline void check_grid(const char* op, const upsample::Grid& grid) {
-  constexpr int64_t most = 1LL << 30;
-  check(grid.h > 0 && grid.w > 0, op, "maps must have at least one pixel, got ", grid.h, " x ", grid.w);
-  check(grid.h <= most && grid.w <= most && grid.height <= most && grid.width <= most, op,
-        "no side may be longer than ", most, " pixels, got ", grid.h, " x ", grid.w, " and ", grid.height,
-        " x ", grid.width);
-}
-
 namespace upsample {
 
 // f(task, its number) for every task of every image, in parallel. grad: [B,K,h,w] float32 of zeros, or null.

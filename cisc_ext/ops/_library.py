@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,7 +14,8 @@ from .registry import OPERATORS
 
 __all__ = ["LOADED", "PATH", "REASON", "compiled", "load", "register"]
 
-PATH = Path(__file__).resolve().parent.parent / "_ops.so"
+PATH = Path(os.environ.get("CISC_OPS") or Path(__file__).resolve().parent.parent / "_ops.so")
+"""The library; CISC_OPS names another one, such as one built with CISC_SIMT=1."""
 OLDEST_TORCH = (2, 10)
 
 LOADED: bool = False

@@ -1,0 +1,65 @@
+// A thread's piece of a cell of upsampled maps: at most kMost x kMost pixels between four corners. See cells.h.
+#pragma once
+
+#include "cells.h"
+#include "device.cuh"
+#include "labels.h"
+
+namespace cisc::cells {
+
+// A tensor [B,K,h,w] as kernels read it.
+template <typename T>
+struct Maps {
+  const T* data;
+  int64_t stride_b, stride_k, stride_y, stride_x;
+};
+
+template <typename T>
+Maps<T> maps_of(const Tensor& tensor) {
+  return {static_cast<const T*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1), tensor.stride(2),
+          tensor.stride(3)};
+}
+
+// Where the four corners of a cell lie in a plane.
+struct Corners {
+  int64_t upper_left, upper_right, lower_left, lower_right;
+
+  template <typename T>
+  __device__ __forceinline__ static Corners of(const Maps<T>& maps, const Axis& rows, const Axis& columns,
+                                               int64_t row, int64_t column) {
+    const int64_t upper = row * maps.stride_y, lower = rows.next(row) * maps.stride_y;
+    const int64_t left = column * maps.stride_x, right = columns.next(column) * maps.stride_x;
+    return {upper + left, upper + right, lower + left, lower + right};
+  }
+};
+
+// Values of the corners in one plane.
+struct Square {
+  float a, b, c, d;  // upper left and right, lower left and right
+
+  template <typename T>
+  __device__ __forceinline__ static Square read(const T* plane, const Corners& at) {
+    return {plane[at.upper_left].widen(), plane[at.upper_right].widen(), plane[at.lower_left].widen(),
+            plane[at.lower_right].widen()};
+  }
+};
+
+// low * (1 - fraction) + high * fraction, with both products: 0 * inf is NaN.
+__device__ __forceinline__ float blend(float low, float high, float fraction) {
+  return fmaf(high, fraction, low * (1.0f - fraction));
+}
+
+// Fractions of the pixels of a piece along one axis.
+struct Fractions {
+  float at[kMost];
+
+  // Of the pixels from `first` on, all of `cell`; those behind the last one are never used.
+  __device__ __forceinline__ static Fractions of(const Axis& axis, int64_t first, int64_t cell) {
+    Fractions f;
+#pragma unroll
+    for (int i = 0; i < kMost; ++i) f.at[i] = axis.fraction(first + i, cell);
+    return f;
+  }
+};
+
+}  // namespace cisc::cells

@@ -1,0 +1,154 @@
+// CUDA's threads as coroutines of the CPU, so that CUDA sources compile as C++ and run without a GPU.
+//
+// The blocks of a launch run one after the other. Of a block, one thread runs up to a barrier or an exchange in
+// its warp, then the next one; in which order CISC_SIMT_ORDER says (forward, reverse or shuffle): a kernel that
+// lacks a barrier gives other results in another order. Shared memory holds NaN when a block starts. Threads
+// that wait at different barriers end the process, as does a warp's exchange in which some do not take part.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+#define __restrict__ __restrict
+
+namespace simt {
+
+constexpr int64_t kSharedBytes = 64 << 10;  // as on the smallest chip
+
+struct Index {
+  unsigned x;
+};
+
+// Of the thread that runs.
+extern Index thread, block, block_size, grid_size;
+
+int64_t multiprocessors();  // CISC_SIMT_MULTIPROCESSORS, default 3
+void launch(int64_t blocks, int threads, int64_t shared, const std::function<void()>& body);
+void block_barrier();
+void warp_barrier();
+
+unsigned char* dynamic_shared();
+
+// Memory of `bytes` that is the block's; filled with 0xff when a block meets it first.
+unsigned char* shared_bytes(unsigned char* memory, int64_t* filled_for, size_t bytes);
+
+template <typename T, int number>
+T& shared() {
+  alignas(16) static unsigned char memory[sizeof(T)];
+  static int64_t filled_for = -1;
+  return *reinterpret_cast<T*>(shared_bytes(memory, &filled_for, sizeof(T)));
+}
+
+// Give `value` to the warp; the value of thread `from` of it comes back.
+uint64_t exchange(uint64_t value, int from);
+// One bit of each thread of the warp.
+uint32_t ballot(bool value);
+int lane();
+
+template <typename T>
+T exchanged(T value, int from) {
+  static_assert(sizeof(T) <= 8);
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof value);
+  bits = exchange(bits, from);
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+void want_all(unsigned mask);
+
+template <typename To, typename From>
+To bits_of(From value) {
+  static_assert(sizeof(To) == sizeof(From));
+  To result;
+  std::memcpy(&result, &value, sizeof result);
+  return result;
+}
+
+}  // namespace simt
+
+#define threadIdx ::simt::thread
+#define blockIdx ::simt::block
+#define blockDim ::simt::block_size
+#define gridDim ::simt::grid_size
+
+inline void __syncthreads() { simt::block_barrier(); }
+
+inline void __syncwarp(unsigned mask = ~0u) {
+  simt::want_all(mask);
+  simt::warp_barrier();
+}
+
+template <typename T>
+T __shfl_sync(unsigned mask, T value, int from) {
+  simt::want_all(mask);
+  return simt::exchanged(value, from & 31);
+}
+
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int bits) {
+  simt::want_all(mask);
+  return simt::exchanged(value, simt::lane() ^ bits);
+}
+
+template <typename T>
+T __shfl_up_sync(unsigned mask, T value, unsigned distance) {
+  simt::want_all(mask);
+  const int from = simt::lane() - static_cast<int>(distance);
+  return simt::exchanged(value, from < 0 ? simt::lane() : from);
+}
+
+template <typename T>
+T __shfl_down_sync(unsigned mask, T value, unsigned distance) {
+  simt::want_all(mask);
+  const int from = simt::lane() + static_cast<int>(distance);
+  return simt::exchanged(value, from > 31 ? simt::lane() : from);
+}
+
+inline unsigned __ballot_sync(unsigned mask, bool value) {
+  simt::want_all(mask);
+  return simt::ballot(value);
+}
+
+inline bool __any_sync(unsigned mask, bool value) { return __ballot_sync(mask, value) != 0; }
+inline bool __all_sync(unsigned mask, bool value) { return __ballot_sync(mask, value) == ~0u; }
+
+// One thread runs at a time.
+template <typename T>
+T atomicAdd(T* at, T value) {
+  const T before = *at;
+  *at = before + value;
+  return before;
+}
+
+template <typename T>
+T atomicOr(T* at, T value) {
+  const T before = *at;
+  *at = before | value;
+  return before;
+}
+
+inline float __uint_as_float(unsigned bits) { return simt::bits_of<float>(bits); }
+inline unsigned __float_as_uint(float value) { return simt::bits_of<unsigned>(value); }
+inline float __int_as_float(int bits) { return simt::bits_of<float>(bits); }
+inline int __float_as_int(float value) { return simt::bits_of<int>(value); }
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fsqrt_rn(float a) { return std::sqrt(a); }
+using std::exp2f;
+
+using std::fma;
+using std::fmaf;
+using std::isfinite;
+using std::isnan;
+using std::log2;
+
