@@ -281,7 +281,6 @@ class Builder:
     @property
     def against_torch(self) -> list[str]:
         stable = ["-DTORCH_STABLE_ONLY", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
-        stable += ["-DUSE_CUDA"] if self.cuda.sources else []
         return [*stable, "-isystem", str(self.torch / "include")]
 
     def host_jobs(self) -> list[Job]:
@@ -310,8 +309,9 @@ class Builder:
         if self.cuda.sources and not self.simt:
             nvcc = [self.cuda.nvcc, "-std=c++17", *(["-O0", "-g"] if self.debug else ["-O3", "-lineinfo"])]
             # As in C++, a product and a sum are fused only where the code says so.
-            nvcc += ["-fmad=false", "--expt-relaxed-constexpr", "--threads", "0"]
+            nvcc += ["-DUSE_CUDA", "-fmad=false", "--expt-relaxed-constexpr", "--threads", "0"]
             nvcc += ["-ccbin", self.compiler_path, *self.cuda.gencode]
+            nvcc += [f'-DCISC_CUDA_CHIPS="{" ".join(self.cuda.chips)}"']
             nvcc += ["-Xcompiler=-fPIC", "-Xcompiler=-fvisibility=hidden", *self.against_torch]
             for source in self.cuda.sources:
                 command = [*nvcc, "-c", "$in", "-o", "$out"]

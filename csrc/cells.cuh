@@ -1,4 +1,5 @@
-// A thread's piece of a cell of upsampled maps: at most kMost x kMost pixels between four corners. See cells.h.
+// A thread's piece of a cell of upsampled maps: at most kMost x kMost pixels between four corners. See
+// cells.h.
 #pragma once
 
 #include "cells.h"
@@ -16,8 +17,8 @@ struct Maps {
 
 template <typename T>
 Maps<T> maps_of(const Tensor& tensor) {
-  return {static_cast<const T*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1), tensor.stride(2),
-          tensor.stride(3)};
+  return {static_cast<const T*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1),
+          tensor.stride(2), tensor.stride(3)};
 }
 
 // Where the four corners of a cell lie in a plane.
@@ -47,6 +48,12 @@ struct Square {
 // low * (1 - fraction) + high * fraction, with both products: 0 * inf is NaN.
 __device__ __forceinline__ float blend(float low, float high, float fraction) {
   return fmaf(high, fraction, low * (1.0f - fraction));
+}
+
+// a / b of numbers that are not negative, in 32 bits where both fit.
+__device__ __forceinline__ int64_t quotient(int64_t a, int64_t b) {
+  const bool fits = ((a | b) >> 32) == 0;
+  return fits ? static_cast<int64_t>(static_cast<uint32_t>(a) / static_cast<uint32_t>(b)) : a / b;
 }
 
 // Fractions of the pixels of a piece along one axis.

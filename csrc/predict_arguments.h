@@ -26,7 +26,7 @@ inline void check_arguments(const char* op, const Tensor& logits, int64_t height
     check_size(op, "labels", *labels, 1, height, "[B,H,W]");
     check_size(op, "labels", *labels, 2, width, "[B,H,W]");
   }
-  if (logits.size(0) * height * width > 0) check_sides(op, logits, height, width);
+  if (logits.size(0) > 0 && height > 0 && width > 0) check_sides(op, logits, height, width);
 }
 
 }  // namespace cisc::predict

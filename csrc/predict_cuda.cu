@@ -1,7 +1,7 @@
 // predict on a GPU: a thread has a cell of low-resolution logits and goes through the classes once.
 //
-// Work: for a pixel and class, of 4 x 4 in a cell, 3 instructions interpolate and 3 keep the largest: at B = 16,
-// K = 19, 721 x 721 that is 0.95 G of 132 x 128 a clock at 1.75 GHz, 32 us; the bytes are 13 us.
+// Work: for a pixel and class, of 4 x 4 in a cell, 3 instructions interpolate and 3 keep the largest: at B =
+// 16, K = 19, 721 x 721 that is 0.95 G of 132 x 128 a clock at 1.75 GHz, 32 us; the bytes are 13 us.
 
 #include <algorithm>
 #include <optional>
@@ -29,7 +29,7 @@ constexpr int64_t kMostCells = 4096;  // of a confusion matrix that a block coun
 
 struct Kernel {
   Axis rows, columns;
-  int64_t batch, planes, tiles_x, tiles;
+  int64_t planes, cells;
   bool has_labels;
   Labels labels;
   int64_t ignore_index;
@@ -54,11 +54,12 @@ struct Run {
   }
 };
 
-// Best class of each pixel of a piece: the lowest of equals. Where NaN may be among the values (`careful`), the
-// first of these.
+// Best class of each pixel of a piece: the lowest of equals. Where NaN may be among the values (`careful`),
+// the first of these.
 template <bool careful, typename T>
-__device__ __forceinline__ void best_classes(const T* image, int64_t planes, int64_t stride_k, const Corners& at,
-                                             const Fractions& fy, const Fractions& fx, bool* not_finite,
+__device__ __forceinline__ void best_classes(const T* image, int64_t planes, int64_t stride_k,
+                                             const Corners& at, const Fractions& fy, const Fractions& fx,
+                                             bool* not_finite,
                                              // outputs
                                              int (&found)[kMost][kMost]) {
   float best[kMost][kMost];
@@ -94,9 +95,9 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads) predict_kernel(Maps<T> logits, Kernel p, bool shared_counts) {
   CISC_DYNAMIC_SHARED(memory);
   auto* counts = reinterpret_cast<unsigned*>(memory);
-  const int64_t cells = p.planes * p.planes;
+  const int64_t matrix = p.planes * p.planes;
   if (shared_counts) {
-    for (int64_t i = threadIdx.x; i < cells; i += kThreads) counts[i] = 0;
+    for (int64_t i = threadIdx.x; i < matrix; i += kThreads) counts[i] = 0;
     __syncthreads();
   }
   const auto flush = [&](int32_t pair, uint32_t count) {
@@ -107,36 +108,37 @@ __global__ void __launch_bounds__(kThreads) predict_kernel(Maps<T> logits, Kerne
     }
   };
   Run run;
-  for (int64_t tile = blockIdx.x; tile < p.tiles; tile += gridDim.x) {
-    const int64_t column = tile % p.tiles_x * kThreads + threadIdx.x, line = tile / p.tiles_x;
-    const int64_t row = line % p.rows.n, image = line / p.rows.n;
-    if (column >= p.columns.n) continue;
+  for (int64_t cell = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; cell < p.cells;
+       cell += static_cast<int64_t>(gridDim.x) * kThreads) {
+    const int64_t line = cells::quotient(cell, p.columns.n), column = cell - line * p.columns.n;
+    const int64_t image = cells::quotient(line, p.rows.n), row = line - image * p.rows.n;
     const T* from = logits.data + image * logits.stride_b;
     const Corners at = Corners::of(logits, p.rows, p.columns, row, column);
-    const int64_t top = p.rows.first(row), bottom = p.rows.first(row + 1);
-    const int64_t left = p.columns.first(column), right = p.columns.first(column + 1);
-    for (int64_t y = top; y < bottom; y += kMost) {
+    const int64_t bottom = p.rows.first(row + 1), right = p.columns.first(column + 1);
+    for (int64_t y = p.rows.first(row); y < bottom; y += kMost) {
       const Fractions fy = Fractions::of(p.rows, y, row);
-      for (int64_t x = left; x < right; x += kMost) {
+      for (int64_t x = p.columns.first(column); x < right; x += kMost) {
         const Fractions fx = Fractions::of(p.columns, x, column);
         int found[kMost][kMost];
         bool not_finite = false;
         best_classes<false>(from, p.planes, logits.stride_k, at, fy, fx, &not_finite, found);
         if (not_finite) best_classes<true>(from, p.planes, logits.stride_k, at, fy, fx, &not_finite, found);
+        uint8_t* to = p.classes + (image * p.rows.m + y) * p.columns.m + x;
 #pragma unroll
         for (int i = 0; i < kMost; ++i) {
+          if (y + i >= bottom) break;
 #pragma unroll
           for (int j = 0; j < kMost; ++j) {
-            if (y + i >= bottom || x + j >= right) continue;
-            p.classes[(image * p.rows.m + y + i) * p.columns.m + x + j] = static_cast<uint8_t>(found[i][j]);
-            if (!p.has_labels) continue;
-            const int64_t label = p.labels.at(image, y + i, x + j);
-            if (label == p.ignore_index) continue;
-            if (label < 0 || label >= p.planes) {
-              *p.invalid = 1;  // whoever writes, the same
-              continue;
-            }
-            run.add(static_cast<int32_t>(label * p.planes) + found[i][j], flush);
+            if (x + j < right) to[j] = static_cast<uint8_t>(found[i][j]);
+          }
+          to += p.columns.m;
+          if (!p.has_labels) continue;
+          int32_t code[kMost];
+          read_codes(p.labels, image, y + i, x, right - x, p.planes, p.ignore_index, code);
+#pragma unroll
+          for (int j = 0; j < kMost; ++j) {
+            if (code[j] == kInvalid) *p.invalid = 1;  // whoever writes, the same
+            if (code[j] >= 0) run.add(code[j] * static_cast<int32_t>(p.planes) + found[i][j], flush);
           }
         }
       }
@@ -146,14 +148,15 @@ __global__ void __launch_bounds__(kThreads) predict_kernel(Maps<T> logits, Kerne
   run.add(-1, flush);
   if (!shared_counts) return;
   __syncthreads();
-  for (int64_t i = threadIdx.x; i < cells; i += kThreads) {
+  for (int64_t i = threadIdx.x; i < matrix; i += kThreads) {
     if (counts[i] != 0) atomicAdd(&p.confusion[i], static_cast<unsigned long long>(counts[i]));
   }
 }
 
 // A wrong label makes all classes 255 and counts nothing.
 __global__ void __launch_bounds__(kFillThreads)
-    spoil_kernel(const int* invalid, int64_t pixels, int64_t cells, uint8_t* classes, unsigned long long* confusion) {
+    spoil_kernel(const int* invalid, int64_t pixels, int64_t cells, uint8_t* classes,
+                 unsigned long long* confusion) {
   if (*invalid == 0) return;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kFillThreads + threadIdx.x;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kFillThreads;
@@ -170,7 +173,8 @@ std::tuple<Tensor, Tensor> cuda_forward(const Tensor& logits, int64_t height, in
                                         const std::optional<Tensor>& labels, int64_t ignore_index) {
   check_arguments(kName, logits, height, width, labels, kHere);
   const Gpu gpu(kName, "logits", logits);
-  const int64_t batch = logits.size(0), planes = logits.size(1), matrix = labels.has_value() ? planes * planes : 0;
+  const int64_t batch = logits.size(0), planes = logits.size(1),
+                matrix = labels.has_value() ? planes * planes : 0;
   if (labels.has_value()) {
     check_same_device(kName, "labels", *labels, logits);
     check_label_values(kName, *labels, planes, ignore_index);
@@ -180,31 +184,28 @@ std::tuple<Tensor, Tensor> cuda_forward(const Tensor& logits, int64_t height, in
                                         : device_empty(logits, {0}, ScalarType::Long);
   if (classes.numel() == 0) return {classes, confusion};
   Tensor invalid = device_zeros(logits, {1}, ScalarType::Int);
-  Kernel p{Axis::of(logits.size(2), height, true),
-           Axis::of(logits.size(3), width, true),
-           batch,
-           planes,
-           0,
-           0,
-           labels.has_value(),
-           labels.has_value() ? read_labels(*labels) : Labels{},
-           ignore_index,
-           data_of<uint8_t>(classes),
-           labels.has_value() ? data_of<unsigned long long>(confusion) : nullptr,
-           data_of<int>(invalid)};
-  p.tiles_x = (p.columns.n + kThreads - 1) / kThreads;
-  p.tiles = p.tiles_x * p.rows.n * batch;
+  const Kernel p{Axis::of(logits.size(2), height, true),
+                 Axis::of(logits.size(3), width, true),
+                 planes,
+                 batch * logits.size(2) * logits.size(3),
+                 labels.has_value(),
+                 labels.has_value() ? read_labels(*labels) : Labels{},
+                 ignore_index,
+                 data_of<uint8_t>(classes),
+                 labels.has_value() ? data_of<unsigned long long>(confusion) : nullptr,
+                 data_of<int>(invalid)};
   const bool shared_counts = matrix > 0 && matrix <= kMostCells;
-  const int64_t blocks = std::min(p.tiles, gpu.multiprocessors() * kBlocksPerSm);
+  const int64_t blocks = std::min((p.cells + kThreads - 1) / kThreads, gpu.multiprocessors() * kBlocksPerSm);
   with_float(float_kind(logits.scalar_type()), [&](auto type) {
     using T = decltype(type);
-    gpu.launch(predict_kernel<T>, blocks, kThreads, shared_counts ? 4 * matrix : 0, cells::maps_of<T>(logits), p,
-               shared_counts);
+    gpu.launch(predict_kernel<T>, blocks, kThreads, shared_counts ? 4 * matrix : 0, cells::maps_of<T>(logits),
+               p, shared_counts);
   });
   if (labels.has_value()) {
-    const int64_t filling = std::min((classes.numel() + kFillThreads - 1) / kFillThreads, gpu.multiprocessors() * 2);
-    gpu.launch(spoil_kernel, filling, kFillThreads, 0, static_cast<const int*>(p.invalid), classes.numel(), matrix,
-               p.classes, p.confusion);
+    const int64_t filling =
+        std::min((classes.numel() + kFillThreads - 1) / kFillThreads, gpu.multiprocessors() * 2);
+    gpu.launch(spoil_kernel, filling, kFillThreads, 0, static_cast<const int*>(p.invalid), classes.numel(),
+               matrix, p.classes, p.confusion);
   }
   return {classes, confusion};
 }

@@ -2,10 +2,12 @@
 
     python tests/fuzz.py [--cases N] [--seed S] [--isa portable avx2 ...] [--jobs N] [--json FILE]
     python tests/fuzz.py --only SEED [--isa avx2]
+    python tests/fuzz.py --simt [--isa forward reverse shuffle] ...
 
 Builds csrc with CISC_SANITIZE=1 into build/sanitized and runs cases S .. S + N - 1 in processes that load it.
 A case is a pure function of its seed and the list of operators; the seed also chooses the instruction set
-(CISC_ISA). Each failure is printed with its seed; a process that a sanitizer ends counts as one, and another
+(CISC_ISA). With --simt it is the CUDA kernels that run, simulated on the CPU (CISC_SIMT=1), and the seed
+chooses the order of a block's threads (CISC_SIMT_ORDER) instead. Each failure is printed with its seed; a process that a sanitizer ends counts as one, and another
 goes on after it.
 Exit 0 if nothing failed, 1 otherwise.
 """
@@ -34,6 +36,8 @@ ISAS = {  # name: what the processor must have
     "avx512": ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl"),
     "avx512_bf16": ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"),
 }
+ORDERS = ("forward", "reverse", "shuffle")
+"""In which a simulated block's threads run."""
 LIBRARIES = ("libasan.so", "libubsan.so", "libstdc++.so.6")
 OPTIONS = {
     # Leaks: Python's own. Torch refuses what malloc refuses; without a limit a huge size would be tried.
@@ -79,10 +83,10 @@ def environment(package: Path, sanitized: bool = True) -> dict[str, str]:
     return kept | OPTIONS | {"LD_PRELOAD": " ".join(preloads())} if sanitized else kept
 
 
-def build(folder: Path) -> None:
+def build(folder: Path, simt: bool = False) -> None:
     """A sanitized copy of the package in `folder`."""
     env = {key: value for key, value in os.environ.items() if not key.startswith("CISC_")}
-    env |= {"CISC_SANITIZE": "1", "CISC_CUDA": "0"}
+    env |= {"CISC_SANITIZE": "1", "CISC_CUDA": "0", "CISC_SIMT": str(int(simt))}
     shutil.rmtree(folder / "cisc_ext", ignore_errors=True)
     command = [sys.executable, "setup.py", "--quiet", "build", "--build-lib", str(folder)]
     done = subprocess.run(
@@ -169,7 +173,8 @@ def supervise(task: Task, env: Mapping[str, str], worker: Sequence[str] = WORKER
     tally = Tally()
     seeds = task.seeds
     # Threads that wait by spinning would slow down the other processes.
-    settings = {**env, "CISC_ISA": task.isa, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    variable = "CISC_SIMT_ORDER" if task.isa in ORDERS else "CISC_ISA"
+    settings = {**env, variable: task.isa, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     while seeds:
         limit_s = CASE_LIMIT_S + len(seeds)
         process = subprocess.Popen(
@@ -262,7 +267,7 @@ def summary(
         "first_seed": settings.seed,
         "cases": tally.counts["cases"],
         "operators": by("operator"),
-        "instruction_sets": by("isa"),
+        "orders" if settings.simt else "instruction_sets": by("isa"),
         "kinds": by("kind"),
         "dtypes": by("dtype"),
         "seconds": round(seconds, 1),
@@ -279,15 +284,17 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--cases", type=int, default=2000, help="how many (default: 2000)")
     parser.add_argument("--seed", type=int, default=0, help="of the first case (default: 0)")
     parser.add_argument("--only", type=int, metavar="SEED", help="one case, with each instruction set")
+    parser.add_argument("--simt", action="store_true", help="the CUDA kernels, simulated on the CPU")
     parser.add_argument(
-        "--isa", nargs="+", choices=ISAS, default=isas_here(), help="default: all that are here"
+        "--isa",
+        nargs="+",
+        choices=(*ISAS, *ORDERS),
+        help="default: all that are here, or with --simt all orders",
     )
     parser.add_argument("--impl", default="cpp", help="implementation to run (default: cpp)")
     parser.add_argument("--operators", nargs="+", help="default: all that have the implementation")
     parser.add_argument("--jobs", type=int, default=cores, help="processes at once (default: one per core)")
-    parser.add_argument(
-        "--build", type=Path, default=ROOT / "build" / "sanitized", help="folder of the build"
-    )
+    parser.add_argument("--build", type=Path, help="folder of the build (default: build/sanitized)")
     parser.add_argument(
         "--plain",
         dest="sanitized",
@@ -298,6 +305,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     settings = parser.parse_args(arguments)
     if settings.cases < 1 or settings.jobs < 1:
         parser.error("--cases and --jobs must be at least 1")
+    if settings.simt and not settings.sanitized:
+        parser.error("--simt needs the sanitized build")
+    settings.isa = settings.isa or (ORDERS if settings.simt else isas_here())
+    if not set(settings.isa) <= set(ORDERS if settings.simt else ISAS):
+        parser.error(f"--isa must be of {', '.join(ORDERS if settings.simt else ISAS)} here")
+    folder = "sanitized_simt" if settings.simt else "sanitized"
+    settings.build = settings.build or ROOT / "build" / folder
     return settings
 
 
@@ -312,7 +326,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     begin = time.monotonic()
     package = settings.build.resolve() if settings.sanitized else ROOT
     if settings.sanitized:
-        build(package)
+        build(package, settings.simt)
     tasks = plan(settings, package)
     run = partial(supervise, env=environment(package, settings.sanitized))
     tally, reported = Tally(), 0

@@ -14,6 +14,10 @@
 #include <string>
 #include <vector>
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/common_interface_defs.h>
+#endif
+
 namespace simt {
 
 Index thread, block, block_size, grid_size;
@@ -28,10 +32,29 @@ constexpr int kWarp = 32, kMostThreads = 1024;
   std::abort();
 }
 
+// AddressSanitizer wants to know which stack is in use. Call `leave` before going to another stack, of which
+// the end of a coroutine's is the last time, and `arrive` there.
+struct Stack {
+  const void* bottom = nullptr;
+  size_t bytes = 0;
+  void* fake = nullptr;
+
+#ifdef __SANITIZE_ADDRESS__
+  void leave(const Stack& to, bool last = false) {
+    __sanitizer_start_switch_fiber(last ? nullptr : &fake, to.bottom, to.bytes);
+  }
+  void arrive(Stack* from) { __sanitizer_finish_switch_fiber(fake, &from->bottom, &from->bytes); }
+#else
+  void leave(const Stack&, bool = false) {}
+  void arrive(Stack*) {}
+#endif
+};
+
 enum class Waits { nothing, block, warp, ended };
 
 struct Coroutine {
-  std::unique_ptr<unsigned char[]> stack;
+  std::unique_ptr<unsigned char[]> memory;
+  Stack stack;
   ucontext_t context;  // where it starts
   jmp_buf place;       // where it goes on
   bool started;
@@ -48,19 +71,26 @@ std::vector<Warp> warps(kMostThreads / kWarp);
 std::vector<unsigned char> dynamic;
 const std::function<void()>* body;
 jmp_buf scheduler;
+Stack scheduler_stack;
 int running;
 int64_t epoch = 0;
 
 void enter() {
+  coroutines[running].stack.arrive(&scheduler_stack);
   (*body)();
   coroutines[running].waits = Waits::ended;
+  coroutines[running].stack.leave(scheduler_stack, true);
   _longjmp(scheduler, 1);
 }
 
 void wait(Waits what) {
   Coroutine& self = coroutines[running];
   self.waits = what;
-  if (_setjmp(self.place) == 0) _longjmp(scheduler, 1);
+  if (_setjmp(self.place) == 0) {
+    self.stack.leave(scheduler_stack);
+    _longjmp(scheduler, 1);
+  }
+  self.stack.arrive(&scheduler_stack);
 }
 
 // Run a thread up to where it waits or ends.
@@ -69,7 +99,12 @@ void resume(int number) {
   running = number;
   thread.x = static_cast<unsigned>(number);
   one.waits = Waits::nothing;
-  if (_setjmp(scheduler) != 0) return;
+  if (_setjmp(scheduler) != 0) {
+    Stack from;
+    scheduler_stack.arrive(&from);
+    return;
+  }
+  scheduler_stack.leave(one.stack);
   if (one.started) _longjmp(one.place, 1);
   one.started = true;
   setcontext(&one.context);
@@ -77,12 +112,13 @@ void resume(int number) {
 
 void prepare(int number) {
   Coroutine& one = coroutines[number];
-  if (!one.stack) one.stack.reset(new unsigned char[kStackBytes]);
+  if (!one.memory) one.memory.reset(new unsigned char[kStackBytes]);
+  one.stack = {one.memory.get(), kStackBytes, nullptr};
   one.started = false;
   one.waits = Waits::nothing;
   one.exchanges = 0;
   getcontext(&one.context);
-  one.context.uc_stack.ss_sp = one.stack.get();
+  one.context.uc_stack.ss_sp = one.memory.get();
   one.context.uc_stack.ss_size = kStackBytes;
   one.context.uc_link = nullptr;
   makecontext(&one.context, enter, 0);
@@ -111,7 +147,8 @@ bool release(int threads) {
     }
     any = true;
   }
-  if (!any) stop("its block cannot go on: threads wait at different barriers, or have left a warp's exchange");
+  if (!any)
+    stop("its block cannot go on: threads wait at different barriers, or have left a warp's exchange");
   return true;
 }
 
@@ -136,7 +173,8 @@ int64_t multiprocessors() {
 void launch(int64_t blocks, int threads, int64_t shared, const std::function<void()>& what) {
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
-  if (threads % kWarp != 0 || threads < kWarp || threads > kMostThreads) stop("blocks are of whole warps, up to 1024");
+  if (threads % kWarp != 0 || threads < kWarp || threads > kMostThreads)
+    stop("blocks are of whole warps, up to 1024");
   if (shared > kSharedBytes) stop("more shared memory than the smallest chip has");
   const char* asked = std::getenv("CISC_SIMT_ORDER");
   const std::string wanted = asked != nullptr ? asked : "forward";
