@@ -32,7 +32,7 @@ Hidden = Callable[[int, int], Tensor]  # mask of the guide pixels that rows a..e
 Kernel = Callable[[Tensor, Tensor, Hidden | None], Tensor]  # query [n,C], guide [m,C], mask -> [n]
 
 
-def _against(
+def against(
     kernel: Kernel,
     gather: bool,
     query: Tensor,
@@ -156,8 +156,8 @@ class _SoftmaxChunks(_Chunks):
 
 
 def softmax_chunked(case: Case, whole: bool, chunk: int) -> Call:
-    _forward_only(case, "softmax")
-    return call_of(partial(_against, _SoftmaxChunks(case, chunk), False), case, whole=whole)
+    forward_only(case, "softmax")
+    return call_of(partial(against, _SoftmaxChunks(case, chunk), False), case, whole=whole)
 
 
 _DEFAULTS: dict[str, Any] = {"reduction": "max", "k": 8, "temperature": 0.07}
@@ -168,7 +168,7 @@ def cross_chunked(gather: bool, case: Case, whole: bool, chunk: int) -> Call:
         raise CannotRunError("there is no class to gather: all guide pixels count")
     reduction = case.inputs.get("reduction", "max")
     gather = gather or reduction == "mean"
-    function = partial(_against, _Chunks(case, chunk), gather)
+    function = partial(against, _Chunks(case, chunk), gather)
     if case.passes == "backward" and reduction in ("max", "topk"):
         return _from_winners(case, function, whole)
     return call_of(function, case, whole=whole)
@@ -220,7 +220,7 @@ def _winners(items: tuple[tuple[str, Any], ...]) -> Tensor:
             found.append(scores.topk(count, 1).indices)
         return torch.zeros(len(q), dtype=q.dtype, device=q.device)
 
-    _against(kernel, False, **inputs)
+    against(kernel, False, **inputs)
     return torch.cat(found).view(inputs["query"].shape[0], -1, count)
 
 
@@ -236,10 +236,11 @@ def attention(case: Case, whole: bool, chunk: int) -> Call:
         )
         return (q * mean[0, 0]).sum(1)
 
-    return call_of(partial(_against, kernel, True), case, whole=whole)
+    return call_of(partial(against, kernel, True), case, whole=whole)
 
 
-def _forward_only(case: Case, *reductions: str) -> str:
+def forward_only(case: Case, *reductions: str) -> str:
+    """The case's reduction, one of these."""
     reduction: str = case.inputs.get("reduction", "max")
     if case.passes != "forward":
         raise CannotRunError("has no backward pass")
@@ -248,19 +249,20 @@ def _forward_only(case: Case, *reductions: str) -> str:
     return reduction
 
 
-def _module(name: str, package: str) -> Any:
+def module(name: str, package: str) -> Any:
+    """What a rival is in."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise CannotRunError(f"{package} is not installed: pip install '.[bench]'") from error
+        raise CannotRunError(f"{package} is not installed") from error
 
 
 def faiss(case: Case, whole: bool, chunk: int) -> Call:
     """Exact search for inner products, the class gathered first."""
-    reduction = _forward_only(case, "max", "topk")
+    reduction = forward_only(case, "max", "topk")
     if case.dtype != torch.float32 or case.device != "cpu":
         raise CannotRunError("faiss-cpu searches float32 on the CPU")
-    faiss = _module("faiss", "faiss-cpu")
+    faiss = module("faiss", "faiss-cpu")
     count = case.inputs.get("k", 8) if reduction == "topk" else 1
 
     def kernel(q: Tensor, g: Tensor, hidden: Hidden | None) -> Tensor:
@@ -269,15 +271,15 @@ def faiss(case: Case, whole: bool, chunk: int) -> Call:
         value, _ = faiss.knn(*operands, count, metric=faiss.METRIC_INNER_PRODUCT)
         return torch.from_numpy(value).mean(1)
 
-    return call_of(partial(_against, kernel, True), case)
+    return call_of(partial(against, kernel, True), case)
 
 
 def keops(case: Case, whole: bool, chunk: int) -> Call:
     """Lazy tensors, the class gathered first; tried on a few query pixels before."""
-    reduction = _forward_only(case, "max", "topk", "softmax")
+    reduction = forward_only(case, "max", "topk", "softmax")
     if case.dtype != torch.float32:
         raise CannotRunError("KeOps computes in float32 here")
-    lazy = _module("pykeops.torch", "pykeops").LazyTensor
+    lazy = module("pykeops.torch", "pykeops").LazyTensor
     count, temperature = case.inputs.get("k", 8), case.inputs.get("temperature", 0.07)
 
     def kernel(q: Tensor, g: Tensor, hidden: Hidden | None) -> Tensor:
@@ -288,7 +290,7 @@ def keops(case: Case, whole: bool, chunk: int) -> Call:
             return (-cosine).Kmin(count, dim=1).neg().mean(1)
         return (cosine / temperature).sumsoftmaxweight(cosine, dim=1)[:, 0]
 
-    function = partial(_against, kernel, True)
+    function = partial(against, kernel, True)
     query, labels = case.inputs["query"], case.inputs.get("query_labels")
     rows = max(1, _KEOPS_ROWS // query.shape[3])
     few: dict[str, Any] = {"query": query[:, :, :rows]}
@@ -338,7 +340,7 @@ def _brgemm_library() -> ctypes.CDLL:
 
 def brgemm(case: Case, whole: bool, chunk: int) -> Call:
     """Blocks of `chunk` guide pixels by ATen's brgemm, and their row maximum; the class gathered first."""
-    _forward_only(case, "max")
+    forward_only(case, "max")
     if case.device != "cpu":
         raise CannotRunError("brgemm is for the CPU")
     if case.dtype not in (torch.float32, torch.bfloat16):
@@ -355,4 +357,4 @@ def brgemm(case: Case, whole: bool, chunk: int) -> Call:
             raise CannotRunError("pairs of channels are packed, and their number is odd")
         return value
 
-    return call_of(partial(_against, kernel, True), case)
+    return call_of(partial(against, kernel, True), case)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import cross_rivals, measure, naive, published
+from benchmarks import cross_rivals, gpu_rivals, measure, naive, published
 from benchmarks.cases import Call, CannotRunError, Case, Result, call_of, cotangent, narrowed
 from benchmarks.measure import SLOW_S
 from benchmarks.rival_counts import all_pairs_flops, chunked_flops, naive_bytes, needed_flops, ranges
@@ -328,6 +328,8 @@ RIVALS: dict[str, tuple[Rival, ...]] = {
         Rival("gathered", partial(cross_rivals.cross_chunked, True), CROSS_CHUNKS, flops=needed_flops),
         Rival("softmax", cross_rivals.softmax_chunked, CROSS_CHUNKS, flops=chunked_flops),
         Rival("attention", cross_rivals.attention, flops=needed_flops),
+        Rival("flex_attention", gpu_rivals.flex_attention, flops=needed_flops),
+        Rival("flashlib", gpu_rivals.flashlib, flops=needed_flops),
         Rival("faiss", cross_rivals.faiss, flops=needed_flops),
         Rival("keops", cross_rivals.keops, flops=needed_flops),
         Rival("brgemm", cross_rivals.brgemm, (128, 512), flops=needed_flops),
@@ -335,6 +337,11 @@ RIVALS: dict[str, tuple[Rival, ...]] = {
     "masked_average_pool": _by_either(_by_rows, _PUBLISHED),
     "prototype_similarity": _plain(_prototypes_by_pixels, PIXEL_CHUNKS, _PUBLISHED),
     "map_consistency": _by_either(_by_rows, _PUBLISHED),
-    "rectified_cross_entropy": _by_either(_by_rows, _PUBLISHED),
+    "rectified_cross_entropy": _by_either(
+        _by_rows,
+        _PUBLISHED,
+        Rival("liger", gpu_rivals.liger, bytes=naive_bytes),
+        Rival("cut_cross_entropy", gpu_rivals.cut_cross_entropy, bytes=naive_bytes),
+    ),
     "predict": _by_either(_predict_by_rows),
 }

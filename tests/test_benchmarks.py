@@ -10,15 +10,18 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from benchmarks import (
     cases,
     gate,
+    gpu_rivals,
     kernels,
     machine,
     measure,
@@ -413,6 +416,48 @@ def test_rivals_of_cross_similarity(mode: str, reduction: str) -> None:
                     assert cases.disagreement(whole[-2:], expected) < 1e-5, (rival.name, passes)
     assert {("naive", "forward"), ("naive", "backward"), ("chunked", "forward")} <= ran
     assert (("softmax", "forward") in ran) == (reduction == "softmax")
+
+
+FAKES = {
+    "flashlib": SimpleNamespace(
+        flash_knn=lambda x, c, k: torch.cdist(x, c).square().topk(k, largest=False),
+    ),
+    "torch.nn.attention.flex_attention": SimpleNamespace(flex_attention=F.scaled_dot_product_attention),
+    "liger_kernel.transformers.functional": SimpleNamespace(liger_cross_entropy=F.cross_entropy),
+    "cut_cross_entropy": SimpleNamespace(
+        linear_cross_entropy=lambda e, c, targets, reduction: F.cross_entropy(
+            e @ c.t(), targets, reduction=reduction
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("op", "name", "reduction"),
+    [
+        ("cross_similarity", "flashlib", "max"),
+        ("cross_similarity", "flashlib", "topk"),
+        ("cross_similarity", "flex_attention", "softmax"),
+        ("rectified_cross_entropy", "liger", "mean"),
+        ("rectified_cross_entropy", "cut_cross_entropy", "mean"),
+    ],
+)
+def test_rivals_on_a_gpu_ask_for_the_right_thing(
+    op: str, name: str, reduction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their packages replaced by plain expressions of the same meaning."""
+    workload = f"n4096_labels_{reduction}" if op == "cross_similarity" else "image_128x256"
+    dtype = "bfloat16" if name == "cut_cross_entropy" else "float32"
+    case = cases.make_case(op, workload, dtype, "forward", "cpu")
+    rival = rivals.named(case, name)
+    with pytest.raises(cases.CannotRunError, match="runs on a GPU only"):
+        rival.make(case, False, 0)
+    monkeypatch.setattr(gpu_rivals, "_on_a_gpu", lambda case, who: None)
+    monkeypatch.setattr(gpu_rivals, "module", lambda name, package: FAKES[name])
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    result = rival.make(case, False, 0)()
+    expected = cases.implementation_call(case, "reference")()
+    assert cases.disagreement(result, expected) < cases.TOLERANCE[case.dtype]
 
 
 def test_cost_counts_what_labels_leave() -> None:
