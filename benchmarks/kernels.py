@@ -66,7 +66,8 @@ OWN_LIMIT_S = 60.0
 _START_S = 30.0  # of a trial beyond its runs: imports, compilers
 _MEMORY_SHARE = 0.6
 _COMPILED_BYTES = 2**30  # that the naive expression holds
-_SLOW_TO_START = ("compile", "keops")
+_SLOW_TO_START = ("compile", "keops", "flex_attention", "flashlib")
+_RIVAL_PACKAGES = ("faiss-cpu", "pykeops", "flashlib", "liger-kernel", "cut-cross-entropy")
 
 
 @dataclass(frozen=True)
@@ -509,7 +510,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     begin = time.monotonic()
     facts = machine.facts("benchmarks.kernels", arguments)
-    facts["versions"].update({name: _version(name) for name in ("faiss-cpu", "pykeops")})
+    facts["versions"].update({name: _version(name) for name in _RIVAL_PACKAGES})
     dtypes = [name for name in DTYPES if name in {"float32", *(case[2] for case in cases)}]
     ceiling = ceilings.measured(dtypes, flags.device, size=512 if flags.quick else ceilings.GEMM_SIZE)
     rows: list[dict[str, Any]] = []
