@@ -35,8 +35,9 @@ demo: $(BUILT)  ## the six stages on a small generated data set, into runs/demo,
 test: $(BUILT)  ## all tests, in JOBS processes
 	@OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-soak: $(BUILT)  ## 100 000 random calls of the operators under AddressSanitizer and UBSan, into $(OUT)
+soak: $(BUILT)  ## 100 000 random calls of the operators under AddressSanitizer and UBSan, 20 000 of the CUDA kernels on the CPU
 	@$(PY) tests/fuzz.py --cases 100000 --json "$(OUT)/soak.json"
+	$(PY) tests/fuzz.py --simt --cases 20000 --json "$(OUT)/soak_simt.json"
 
 lint: $(PACKAGES)  ## style, types and format; changes nothing
 	@$(PY) -m ruff check .

@@ -22,28 +22,37 @@ from numerics import assert_equal
 from cisc_ext.ops.registry import OPERATORS, Call, Implementation
 
 ROOT = Path(__file__).resolve().parents[1]
-CASES = 2000
+CASES, SIMULATED = 2000, 600
 INTERPRETED, MOST_WORK = 5, 3000
 """Cases of an operator in Triton's interpreter, which is slow, and pixels times classes of each."""
 
 sanitizers = pytest.mark.skipif(not fuzz.preloads(), reason=f"no g++ with {', '.join(fuzz.LIBRARIES)}")
 
 
-@sanitizers
-def test_cases_under_sanitizers(tmp_path: Path) -> None:
+def _fuzz(folder: Path, cases: int, *more: str) -> dict[str, Any]:
     """The fuzzer as it is called by hand, but for a build folder of its own."""
-    out = tmp_path / "fuzz.json"
-    words = ["--cases", str(CASES), "--build", str(tmp_path / "build"), "--json", str(out)]
+    out = folder / "fuzz.json"
+    words = ["--cases", str(cases), "--build", str(folder / "build"), "--json", str(out), *more]
     command = [sys.executable, str(ROOT / "tests" / "fuzz.py"), *words]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900)
     assert done.returncode == 0, done.stdout
-    result = json.loads(out.read_text())
-    assert result["cases"] == CASES and result["failures"] == 0
+    result: dict[str, Any] = json.loads(out.read_text())
+    assert result["cases"] == cases and result["failures"] == 0
     assert set(result["operators"]) == {
         name for name, one in OPERATORS.items() if any(i.name == "cpp" for i in one.implementations)
     }
-    assert set(result["instruction_sets"]) == set(fuzz.isas_here())
     assert set(result["kinds"]) == {"value", "bad argument", "raw"}
+    return result
+
+
+@sanitizers
+def test_cases_under_sanitizers(tmp_path: Path) -> None:
+    assert set(_fuzz(tmp_path, CASES)["instruction_sets"]) == set(fuzz.isas_here())
+
+
+@sanitizers
+def test_simulated_cuda_kernels_under_sanitizers(tmp_path: Path) -> None:
+    assert set(_fuzz(tmp_path, SIMULATED, "--simt")["orders"]) == set(fuzz.ORDERS)
 
 
 @pytest.mark.parametrize("name", sorted(OPERATORS))
