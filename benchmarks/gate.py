@@ -44,7 +44,7 @@ PARTS: dict[str, tuple[tuple[str, ...], int]] = {
     "sanitizer": (("benchmarks.sanitize", "--limit", "30", "--json", "{out}/sanitizer.json"), 125),
     "step": (
         ("benchmarks.step", "--device", "cuda", "--repeats", "20", "--json", "{out}/step_cuda.json"),
-        100,
+        150,
     ),
     "first_call": (("benchmarks.first_call", "--json", "{out}/first_call.json"), 90),
     "kernels": (

@@ -146,7 +146,7 @@ def against_floor(
     parts = floor(case, rates)
     least_us = max(parts["bytes_us"], parts["special_us"], parts["instructions_us"])
     limit_ms = 1e-3 * (targets.times_floor * least_us + MORE_US)
-    found = {
+    found: dict[str, Any] = {
         **{key: round(value, 2) for key, value in parts.items()},
         "floor_us": round(least_us, 2),
         "target": f"{limit_ms:.4f} ms",
@@ -158,7 +158,7 @@ def against_floor(
     times, of_memory = plain.time_ms / time_ms, plain.mib / max(plain.own_mib, 2**-20)
     found["target"] += f", {targets.times_plain:g} x plain, 1/{targets.times_memory:g} of its memory"
     found["reached"] += f", {times:.1f} x plain, {plain.own_mib:.1f} of {plain.mib:.1f} MiB"
-    found["met"] &= times >= targets.times_plain and of_memory >= targets.times_memory
+    found["met"] = found["met"] and times >= targets.times_plain and of_memory >= targets.times_memory
     memory = {"extra_mib": round(plain.own_mib, 2), "plain_mib": round(plain.mib, 2)}
     return {**found, "plain_ms": round(plain.time_ms, 4), **memory}
 

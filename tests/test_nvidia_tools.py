@@ -1,4 +1,4 @@
-"""compute-sanitizer and ncu by the gate's scripts, each end that a tool can come to played by a shell script."""
+"""The gate around compute-sanitizer and ncu: each end that a tool can come to, played by a shell script."""
 
 from __future__ import annotations
 

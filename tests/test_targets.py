@@ -285,11 +285,11 @@ def test_the_gates_commands_are_right() -> None:
     assert int(done.stdout) > 30
     assert gate.WITHIN_S == 480 and gate.PARTS["tests"][1] <= gate.WITHIN_S / 2
     for name in ("sanitizer", "profile"):
-        words, limit_s = gate.PARTS[name]
+        of_part, limit_s = gate.PARTS[name]
         times = len(sanitize.RUNS) if name == "sanitizer" else 1
-        assert times * int(words[words.index("--limit") + 1]) < limit_s
-    for words, _ in gate.PARTS.values():
-        assert importlib.util.find_spec(words[0]) is not None
+        assert times * int(of_part[of_part.index("--limit") + 1]) < limit_s
+    for of_part, _ in gate.PARTS.values():
+        assert importlib.util.find_spec(of_part[0]) is not None
 
 
 def test_the_gate_ends_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
