@@ -1,12 +1,13 @@
 """A training step at full size against the published one: DeepLabV3+ with ResNet-101, crops of 721, batch 8.
 
 `benchmarks.step` runs it on a GPU. On the same network in the same precision it compares the
-similarity-and-loss part of a re-training step with the published arithmetic, from the network's outputs to the gradients of the
-logits, and whole steps of the supervised stage and of the re-training. Then our recipe (bfloat16 autocast,
-channels-last) stands against the published settings (float32, contiguous). A batch is that many pairs; where
-it does not fit the memory, half of it is taken, for all variants alike. What is to be reached:
-the part in a tenth of the time and a twentieth of the memory, at most 5 % of our step; the recipe with three
-times the images a second.
+similarity-and-loss part of a re-training step with the published arithmetic, from the network's outputs to
+the gradients of the logits, and whole steps of the supervised stage and of the re-training. Then our recipe
+(bfloat16 autocast, channels-last) stands against the published settings (float32, contiguous). A batch is
+that many pairs; where it does not fit the memory, half of it is taken, for all variants alike.
+
+What is to be reached: the part in a tenth of the time and a twentieth of the memory, and at most 5 % of our
+step; the recipe with three times the images a second.
 """
 
 from __future__ import annotations
