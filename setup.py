@@ -281,7 +281,6 @@ class Builder:
     @property
     def against_torch(self) -> list[str]:
         stable = ["-DTORCH_STABLE_ONLY", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
-        stable += ["-DUSE_CUDA"] if self.cuda.sources else []
         return [*stable, "-isystem", str(self.torch / "include")]
 
     def host_jobs(self) -> list[Job]:
@@ -312,7 +311,7 @@ class Builder:
             # As in C++, a product and a sum are fused only where the code says so.
             nvcc += ["-fmad=false", "--expt-relaxed-constexpr", "--threads", "0"]
             nvcc += ["-ccbin", self.compiler_path, *self.cuda.gencode]
-            nvcc += ["-Xcompiler=-fPIC", "-Xcompiler=-fvisibility=hidden", *self.against_torch]
+            nvcc += ["-Xcompiler=-fPIC", "-Xcompiler=-fvisibility=hidden", "-DUSE_CUDA", *self.against_torch]
             for source in self.cuda.sources:
                 command = [*nvcc, "-c", "$in", "-o", "$out"]
                 jobs.append(Job(tuple(command), (source,), ".o", f"{self.identity} {self.cuda.version}"))

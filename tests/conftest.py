@@ -38,7 +38,7 @@ INTERPRETED = {
     "test_zero_vectors",
 }
 """Tests of any implementation that Triton's interpreter ends in seconds; the others run it on a GPU."""
-LONGEST = ("test_triton_compile.py", "test_ops.py", "test_golden.py")
+LONGEST = ("test_triton_compile.py", "test_cuda_build.py", "test_ops.py", "test_golden.py")
 """Files that come first, so that processes side by side end at about the same time."""
 TOO_LONG = "long in Triton's interpreter: a GPU runs it, or CISC_INTERPRET_ALL=1"
 
