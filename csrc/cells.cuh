@@ -1,4 +1,5 @@
-// A thread's piece of a cell of upsampled maps: at most kMost x kMost pixels between four corners. See cells.h.
+// A thread's piece of a cell of upsampled maps: at most kMost x kMost pixels between four corners. See
+// cells.h.
 #pragma once
 
 #include "cells.h"
@@ -16,8 +17,8 @@ struct Maps {
 
 template <typename T>
 Maps<T> maps_of(const Tensor& tensor) {
-  return {static_cast<const T*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1), tensor.stride(2),
-          tensor.stride(3)};
+  return {static_cast<const T*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1),
+          tensor.stride(2), tensor.stride(3)};
 }
 
 // Where the four corners of a cell lie in a plane.

@@ -1,9 +1,9 @@
-// Upsampling seen from the low-resolution points, as GPU kernels walk over it. Shared by host and device code;
-// needs no torch header.
+// Upsampling seen from the low-resolution points, as GPU kernels walk over it. Shared by host and device
+// code; needs no torch header.
 //
 // Cell c of an axis spans the output pixels between the inputs c and c + 1; those in front of the first input
-// belong to cell 0, those behind the last to the last cell, with fraction 0. A thread that has a cell loads its
-// four corners once for all of its pixels, and sums what they send back without any other thread.
+// belong to cell 0, those behind the last to the last cell, with fraction 0. A thread that has a cell loads
+// its four corners once for all of its pixels, and sums what they send back without any other thread.
 #pragma once
 
 #include <cstdint>

@@ -81,7 +81,8 @@ struct Properties {
 const Properties& properties_of(const char* op, int device) {
   static std::array<Properties, kMostDevices> known;
   static std::array<std::once_flag, kMostDevices> asked;
-  check(device >= 0 && device < kMostDevices, op, "GPUs are numbered up to ", kMostDevices - 1, ", got ", device);
+  check(device >= 0 && device < kMostDevices, op, "GPUs are numbered up to ", kMostDevices - 1, ", got ",
+        device);
   std::call_once(asked[static_cast<size_t>(device)], [&] {
     Properties p;
     const auto ask = [&](int* to, cudaDeviceAttr attribute) {
@@ -117,11 +118,12 @@ int device_of(const char* op, const char* name, const Tensor& tensor) {
 
 }  // namespace
 
-Gpu::Gpu(const char* op, const char* name, const Tensor& tensor) : op_(op), guard_(device_of(op, name, tensor)) {
+Gpu::Gpu(const char* op, const char* name, const Tensor& tensor)
+    : op_(op), guard_(device_of(op, name, tensor)) {
   const int device = tensor.get_device_index();
   const Properties& p = properties_of(op, device);
-  check(p.major > kMajor || (p.major == kMajor && p.minor >= kMinor), op, "needs compute capability ", kMajor, ".",
-        kMinor, " or newer, GPU ", device, " has ", p.major, ".", p.minor);
+  check(p.major > kMajor || (p.major == kMajor && p.minor >= kMinor), op, "needs compute capability ", kMajor,
+        ".", kMinor, " or newer, GPU ", device, " has ", p.major, ".", p.minor);
   multiprocessors_ = p.multiprocessors;
   shared_bytes_ = p.shared_bytes;
   stream_ = current_stream(op, device);
@@ -135,12 +137,14 @@ bool Gpu::checks_values() {
 void Gpu::launch_raw(const void* kernel, int64_t blocks, int threads, int64_t shared, void** pointers) const {
   constexpr int64_t without_asking = 48 << 10;
   if (shared > without_asking) {
-    check_cuda(op_,
-               cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
-               "asking for shared memory");
+    check_cuda(
+        op_,
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
+        "asking for shared memory");
   }
   const dim3 grid(static_cast<unsigned>(blocks)), block(static_cast<unsigned>(threads));
-  check_cuda(op_, cudaLaunchKernel(kernel, grid, block, pointers, static_cast<size_t>(shared), stream_), "a launch");
+  check_cuda(op_, cudaLaunchKernel(kernel, grid, block, pointers, static_cast<size_t>(shared), stream_),
+             "a launch");
 }
 
 #endif

@@ -1,7 +1,7 @@
 // predict on a GPU: a thread has a cell of low-resolution logits and goes through the classes once.
 //
-// Work: for a pixel and class, of 4 x 4 in a cell, 3 instructions interpolate and 3 keep the largest: at B = 16,
-// K = 19, 721 x 721 that is 0.95 G of 132 x 128 a clock at 1.75 GHz, 32 us; the bytes are 13 us.
+// Work: for a pixel and class, of 4 x 4 in a cell, 3 instructions interpolate and 3 keep the largest: at B =
+// 16, K = 19, 721 x 721 that is 0.95 G of 132 x 128 a clock at 1.75 GHz, 32 us; the bytes are 13 us.
 
 #include <algorithm>
 #include <optional>
@@ -54,11 +54,12 @@ struct Run {
   }
 };
 
-// Best class of each pixel of a piece: the lowest of equals. Where NaN may be among the values (`careful`), the
-// first of these.
+// Best class of each pixel of a piece: the lowest of equals. Where NaN may be among the values (`careful`),
+// the first of these.
 template <bool careful, typename T>
-__device__ __forceinline__ void best_classes(const T* image, int64_t planes, int64_t stride_k, const Corners& at,
-                                             const Fractions& fy, const Fractions& fx, bool* not_finite,
+__device__ __forceinline__ void best_classes(const T* image, int64_t planes, int64_t stride_k,
+                                             const Corners& at, const Fractions& fy, const Fractions& fx,
+                                             bool* not_finite,
                                              // outputs
                                              int (&found)[kMost][kMost]) {
   float best[kMost][kMost];
@@ -153,7 +154,8 @@ __global__ void __launch_bounds__(kThreads) predict_kernel(Maps<T> logits, Kerne
 
 // A wrong label makes all classes 255 and counts nothing.
 __global__ void __launch_bounds__(kFillThreads)
-    spoil_kernel(const int* invalid, int64_t pixels, int64_t cells, uint8_t* classes, unsigned long long* confusion) {
+    spoil_kernel(const int* invalid, int64_t pixels, int64_t cells, uint8_t* classes,
+                 unsigned long long* confusion) {
   if (*invalid == 0) return;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kFillThreads + threadIdx.x;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kFillThreads;
@@ -170,7 +172,8 @@ std::tuple<Tensor, Tensor> cuda_forward(const Tensor& logits, int64_t height, in
                                         const std::optional<Tensor>& labels, int64_t ignore_index) {
   check_arguments(kName, logits, height, width, labels, kHere);
   const Gpu gpu(kName, "logits", logits);
-  const int64_t batch = logits.size(0), planes = logits.size(1), matrix = labels.has_value() ? planes * planes : 0;
+  const int64_t batch = logits.size(0), planes = logits.size(1),
+                matrix = labels.has_value() ? planes * planes : 0;
   if (labels.has_value()) {
     check_same_device(kName, "labels", *labels, logits);
     check_label_values(kName, *labels, planes, ignore_index);
@@ -198,13 +201,14 @@ std::tuple<Tensor, Tensor> cuda_forward(const Tensor& logits, int64_t height, in
   const int64_t blocks = std::min(p.tiles, gpu.multiprocessors() * kBlocksPerSm);
   with_float(float_kind(logits.scalar_type()), [&](auto type) {
     using T = decltype(type);
-    gpu.launch(predict_kernel<T>, blocks, kThreads, shared_counts ? 4 * matrix : 0, cells::maps_of<T>(logits), p,
-               shared_counts);
+    gpu.launch(predict_kernel<T>, blocks, kThreads, shared_counts ? 4 * matrix : 0, cells::maps_of<T>(logits),
+               p, shared_counts);
   });
   if (labels.has_value()) {
-    const int64_t filling = std::min((classes.numel() + kFillThreads - 1) / kFillThreads, gpu.multiprocessors() * 2);
-    gpu.launch(spoil_kernel, filling, kFillThreads, 0, static_cast<const int*>(p.invalid), classes.numel(), matrix,
-               p.classes, p.confusion);
+    const int64_t filling =
+        std::min((classes.numel() + kFillThreads - 1) / kFillThreads, gpu.multiprocessors() * 2);
+    gpu.launch(spoil_kernel, filling, kFillThreads, 0, static_cast<const int*>(p.invalid), classes.numel(),
+               matrix, p.classes, p.confusion);
   }
   return {classes, confusion};
 }

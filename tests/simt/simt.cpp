@@ -111,7 +111,8 @@ bool release(int threads) {
     }
     any = true;
   }
-  if (!any) stop("its block cannot go on: threads wait at different barriers, or have left a warp's exchange");
+  if (!any)
+    stop("its block cannot go on: threads wait at different barriers, or have left a warp's exchange");
   return true;
 }
 
@@ -136,7 +137,8 @@ int64_t multiprocessors() {
 void launch(int64_t blocks, int threads, int64_t shared, const std::function<void()>& what) {
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
-  if (threads % kWarp != 0 || threads < kWarp || threads > kMostThreads) stop("blocks are of whole warps, up to 1024");
+  if (threads % kWarp != 0 || threads < kWarp || threads > kMostThreads)
+    stop("blocks are of whole warps, up to 1024");
   if (shared > kSharedBytes) stop("more shared memory than the smallest chip has");
   const char* asked = std::getenv("CISC_SIMT_ORDER");
   const std::string wanted = asked != nullptr ? asked : "forward";

@@ -1,9 +1,10 @@
 // CUDA's threads as coroutines of the CPU, so that CUDA sources compile as C++ and run without a GPU.
 //
-// The blocks of a launch run one after the other. Of a block, one thread runs up to a barrier or an exchange in
-// its warp, then the next one; in which order CISC_SIMT_ORDER says (forward, reverse or shuffle): a kernel that
-// lacks a barrier gives other results in another order. Shared memory holds NaN when a block starts. Threads
-// that wait at different barriers end the process, as does a warp's exchange in which some do not take part.
+// The blocks of a launch run one after the other. Of a block, one thread runs up to a barrier or an exchange
+// in its warp, then the next one; in which order CISC_SIMT_ORDER says (forward, reverse or shuffle): a kernel
+// that lacks a barrier gives other results in another order. Shared memory holds NaN when a block starts.
+// Threads that wait at different barriers end the process, as does a warp's exchange in which some do not
+// take part.
 #pragma once
 
 #include <cmath>
@@ -151,4 +152,3 @@ using std::fmaf;
 using std::isfinite;
 using std::isnan;
 using std::log2;
-
