@@ -262,7 +262,7 @@ def test_gpu_tests_that_do_not_end_are_interrupted(tmp_path: Path) -> None:
     options = ["-p", "no:cacheprovider", "-rf", str(tmp_path)]
     out = tmp_path / "out"
     begin = time.monotonic()
-    assert gpu_tests.main(["--out", str(out), "--jobs", "1", "--limit", "8", "--", *options]) == 1
+    assert gpu_tests.main(["--out", str(out), "--jobs", "1", "--limit", "12", "--", *options]) == 1
     assert time.monotonic() - begin < 30
     assert "FAILED" in (out / "tests_0.log").read_text() and (out / "tests_0.xml").is_file()
 
