@@ -21,6 +21,9 @@ PACKAGES := .venv/.packages-$(call hash,pyproject.toml Makefile)
 SETTINGS := $(shell echo '$(CISC_CUDA) $(CISC_CPP) $(CISC_DEBUG) $(CISC_CUDA_ARCHS) $(CXX) $(CUDA_HOME)' | sha256sum | cut -c1-8)
 BUILT := .venv/.built-$(call hash,setup.py pyproject.toml Makefile $(wildcard csrc/*))-$(SETTINGS)
 
+SIMULATED := test_ops.py test_golden.py test_ops_rules.py test_ops_properties.py test_ops_special.py \
+    test_ops_errors.py test_cross_similarity.py test_gpu_cases.py
+
 .PHONY: help setup demo test soak lint format bench gpu
 
 help:
@@ -32,8 +35,17 @@ demo: $(BUILT)  ## the six stages on a small generated data set, into runs/demo,
 	@rm -rf runs/demo
 	$(PY) train.py demo --out runs/demo
 
-test: $(BUILT)  ## all tests, in JOBS processes
-	@OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+# The CUDA kernels as C++ too, where there is a C++ compiler: threads in two orders, so that a missing barrier
+# shows.
+test: $(BUILT)  ## all tests, in JOBS processes; then those of the CUDA kernels, run on the CPU
+	@export OMP_WAIT_POLICY=passive
+	$(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	[ -f cisc_ext/_ops.so ] || { echo "CUDA kernels not tested: no C++ compiler" >&2; exit 0; }
+	CISC_SIMT=1 CISC_CUDA=0 $(PY) setup.py --quiet build --build-lib build/simt
+	export CISC_OPS=build/simt/cisc_ext/_ops.so
+	$(PY) -m pytest -n $(JOBS) -q -rfE -k cpp $(addprefix tests/,$(SIMULATED))
+	CISC_SIMT_ORDER=reverse $(PY) -m pytest -n $(JOBS) -q -rfE -k "cpp and (test_implementation or golden)" \
+	    tests/test_ops.py tests/test_golden.py
 
 soak: $(BUILT)  ## 100 000 random calls of the operators under AddressSanitizer and UBSan, 20 000 of the CUDA kernels on the CPU
 	@$(PY) tests/fuzz.py --cases 100000 --json "$(OUT)/soak.json"
@@ -43,12 +55,12 @@ lint: $(PACKAGES)  ## style, types and format; changes nothing
 	@$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	.venv/bin/clang-format --dry-run -Werror csrc/*
+	.venv/bin/clang-format --dry-run -Werror csrc/* tests/simt/*
 
 format: $(PACKAGES)  ## bring Python and C++ into the house's form
 	@$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	.venv/bin/clang-format -i csrc/*
+	.venv/bin/clang-format -i csrc/* tests/simt/*
 
 # The extra "bench" has the rivals; the results say so where they are missing.
 bench: $(BUILT)  ## time and memory of a training step and of every kernel, into $(OUT); tables and pictures

@@ -4,8 +4,8 @@ Environment: CISC_CPP=0|1 (0: pure Python, nothing compiled; default: where a C+
 CISC_CUDA=0|1 (default: where nvcc is found; 1 needs C++), CISC_CUDA_ARCHS (such as "8.0;9.0a;9.0+PTX"),
 CISC_DEBUG=1 (-O0 -g), CXX, CUDA_HOME.
 CISC_SANITIZE=1 (AddressSanitizer and UBSan, for tests/fuzz.py) and CISC_SIMT=1 (the CUDA kernels as C++ that
-runs on the CPU, for tests: CISC_OPS=FOLDER/cisc_ext/_ops.so) build into a folder of their own, not in place,
-by python setup.py build --build-lib FOLDER.
+runs on the CPU, for tests: CISC_OPS=FOLDER/cisc_ext/_ops.so) build into a folder of their own, never in
+place: python setup.py build --build-lib FOLDER.
 Objects are kept in build/objects under the hash of all that goes into them.
 """
 

@@ -1,8 +1,9 @@
 """The tests that need a GPU, in several processes at once: most of their time goes into compiling.
 
-    python -m benchmarks.gpu_tests --out DIR [--jobs N]
+    python -m benchmarks.gpu_tests --out DIR [--jobs N] [--limit SECONDS]
 
-DIR/tests_I.xml and DIR/tests_I.log are those of process I. Exit 0 if all passed and there were some.
+DIR/tests_I.xml and DIR/tests_I.log are those of process I. Exit 0 if all passed and there were some. What has
+not ended at the limit is interrupted, which leaves the results until then; that is no success.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +22,8 @@ from benchmarks import machine
 
 _MOST_JOBS = 8
 _NO_TESTS = 5
+_INTERRUPTED_S = 10.0
+"""In which pytest writes its results after an interruption."""
 
 
 def start(words: Sequence[str], shard: int, jobs: int, out: Path) -> subprocess.Popen[bytes]:
@@ -33,6 +38,23 @@ def start(words: Sequence[str], shard: int, jobs: int, out: Path) -> subprocess.
         )
 
 
+def ended(processes: Sequence[subprocess.Popen[bytes]], limit_s: float | None) -> list[int]:
+    """Exit codes of all, interrupted at the limit."""
+    until = None if limit_s is None else time.monotonic() + limit_s
+    codes = []
+    for process in processes:
+        try:
+            codes.append(process.wait(None if until is None else max(0.0, until - time.monotonic())))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)
+            try:
+                codes.append(process.wait(_INTERRUPTED_S))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                codes.append(process.wait())
+    return codes
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     summary = (__doc__ or "").partition("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_tests", description=summary)
@@ -40,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     jobs = min(_MOST_JOBS, cores)
     parser.add_argument("--jobs", type=int, default=jobs, help=f"processes at once (default: {jobs})")
+    parser.add_argument("--limit", type=float, help="seconds (default: none)")
     parser.add_argument("words", nargs="*", help="of pytest, behind -- (default: all tests marked cuda)")
     flags = parser.parse_args(arguments)
     if flags.jobs < 1:
@@ -47,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags.out.mkdir(parents=True, exist_ok=True)
     words = flags.words or ["-m", "cuda", "-q", "-rf"]
     started = [start(words, shard, flags.jobs, flags.out) for shard in range(flags.jobs)]
-    codes = [process.wait() for process in started]
+    codes = ended(started, flags.limit)
     for shard, code in enumerate(codes):
         lines = (flags.out / f"tests_{shard}.log").read_text(errors="replace").splitlines()
         failed = [line for line in lines if re.match(r"FAILED |ERROR ", line)]

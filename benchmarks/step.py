@@ -1,6 +1,7 @@
 """Time and memory of the method's two steps, against the published arithmetic.
 
     python -m benchmarks.step [--device cpu|cuda] [--crop 321 721] [--repeats N] [--threads N] [--json FILE]
+        [--full none|tiny|full]
 
 rectify: the guide's prototypes, the query's CISC map, rectified cross-entropy; backward to the logits.
 consistency: prototypes, maps and consistency losses both ways; backward to the features of both.
@@ -13,6 +14,10 @@ of all variants must agree before any is timed. The variants' runs are interleav
 Columns: time_ms, the median; time_min_ms, the least; extra_mib, the most held beyond inputs, loss and
 gradients (null where the system does not count it); speedup, the median over the runs of published time / own
 time; memory_ratio, own extra_mib / published.
+
+On a GPU it then measures the step at full size, DeepLabV3+ with ResNet-101, against what is to be reached
+(benchmarks/full_step.py; "full" in the result), and exits 1 where a target is missed; `--full tiny` tries
+that at a small size and judges nothing.
 """
 
 from __future__ import annotations
@@ -31,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import machine, measure, published
+from benchmarks import full_step, machine, measure, published
 from benchmarks.tables import aligned
 from cisc_ext import method
 from cisc_ext.config import MethodConfig, OptimConfig
@@ -120,6 +125,7 @@ def consistency_published(x: Inputs) -> Result:
 NETWORK = ("deeplabv3plus", "resnet18")
 OUTPUT_STRIDE = 16
 _NETWORK_RUNS = 3
+_FULL_RUNS = 3
 
 
 @dataclass(frozen=True)
@@ -326,6 +332,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--crop", type=int, nargs="+", default=list(NUM_CLASSES), help="label side, pixels")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each variant")
+    parser.add_argument("--full", choices=("none", "tiny", "full"), help="default: full on a GPU, else none")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--json", type=Path, help="result file (default: in benchmarks/results)")
     settings = parser.parse_args(arguments)
@@ -356,7 +363,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return 1
             write_json(path, result)
     print(aligned("step", rows))
-    return 0
+    full = settings.full or ("full" if settings.device == "cuda" else "none")
+    if full == "none":
+        return 0
+    size = full_step.FULL if full == "full" else full_step.TINY
+    try:
+        found = full_step.run(size, settings.device, min(settings.repeats, _FULL_RUNS))
+    except full_step.DisagreementError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    result["full"] = found
+    write_json(path, result)
+    print(aligned("full_step", found["rows"]))
+    print(aligned("full_targets", found["targets"]))
+    missed = [one for one in found["targets"] if one["met"] is False and full == "full"]
+    for one in missed:
+        print(f"MISSED {one['what']}: {one['reached']}, target {one['target']}")
+    return 1 if missed else 0
 
 
 if __name__ == "__main__":

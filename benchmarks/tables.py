@@ -69,6 +69,7 @@ _TARGETS = {
     "op": "operator",
     "dtype": "dtype",
     "pass": "pass",
+    "impl": "by",
     "bytes": "bytes",
     "special": "special",
     "instructions": "instructions",
@@ -87,7 +88,7 @@ COLUMNS: dict[str, dict[str, str]] = {
     "kernels_cuda": {"op": _KERNELS["op"], "workload": "workload", "dtype": "dtype", "wins": "wins"}
     | {key: heading for key, heading in _KERNELS.items() if key not in ("op", "workload")},
     "similarity": _SIMILARITY,
-    "triton_targets": _TARGETS,
+    "targets_cuda": _TARGETS,
 }
 """Per table the keys of a row to show, and their headings; a table that is not here shows every key."""
 
@@ -144,6 +145,7 @@ SOURCES = {
     "similarity": RESULTS / "similarity_cpu.json",
     "step": RESULTS / "step_cpu.json",
     "step_cuda": RESULTS / "step_cuda.json",
+    "targets_cuda": RESULTS / "targets_cuda.json",
     "methods": RESULTS / "methods_camvid.json",
     "methods_cuda": RESULTS / "methods_camvid_cuda.json",
 }

@@ -174,8 +174,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& logits, const Tensor& labels, c
            : scalar(logits, 0.0);
   if (labels.numel() == 0) return {loss, grad};
   check_sides(kForward, logits, labels.size(1), labels.size(2));
-  if (similarity.has_value())
-    check_sides(kForward, *similarity, labels.size(1), labels.size(2));
+  if (similarity.has_value()) check_sides(kForward, *similarity, labels.size(1), labels.size(2));
   Solver solver(kForward, logits, labels, similarity, classes, ignore_index, need_grad);
   if (ohem_threshold.has_value()) solver.mine(*ohem_threshold, ohem_min_kept);
   if (each) solver.problem.pixel_loss = static_cast<float*>(loss.mutable_data_ptr());
@@ -204,8 +203,7 @@ Tensor backward(const Tensor& grad, const Tensor& logits, const Tensor& labels, 
   Tensor gradient = gradient_like(logits, true);
   if (labels.numel() == 0) return gradient;
   check_sides(kBackward, logits, labels.size(1), labels.size(2));
-  if (similarity.has_value())
-    check_sides(kBackward, *similarity, labels.size(1), labels.size(2));
+  if (similarity.has_value()) check_sides(kBackward, *similarity, labels.size(1), labels.size(2));
   Solver solver(kBackward, logits, labels, similarity, classes, ignore_index, true);
   if (ohem_threshold.has_value()) solver.mine(*ohem_threshold, ohem_min_kept);
   solver.problem.pixel_grad = static_cast<const float*>(grad.const_data_ptr());

@@ -38,7 +38,7 @@ INTERPRETED = {
     "test_zero_vectors",
 }
 """Tests of any implementation that Triton's interpreter ends in seconds; the others run it on a GPU."""
-LONGEST = ("test_triton_compile.py", "test_ops.py", "test_golden.py")
+LONGEST = ("test_triton_compile.py", "test_cuda_build.py", "test_ops.py", "test_golden.py")
 """Files that come first, so that processes side by side end at about the same time."""
 TOO_LONG = "long in Triton's interpreter: a GPU runs it, or CISC_INTERPRET_ALL=1"
 
@@ -50,6 +50,20 @@ def _interprets(item: pytest.Item) -> bool:
     return implementation == "triton" and given.get("device", "cpu") == "cpu"
 
 
+def _lacking() -> list[str]:
+    """Operators that a library named by CISC_OPS does not have."""
+    if not os.environ.get("CISC_OPS"):
+        return []
+    from cisc_ext.ops.registry import OPERATORS
+
+    there = {
+        name.removeprefix("cisc_ext::")
+        for name in torch._C._dispatch_get_registrations_for_dispatch_key("CPU")
+        if name.startswith("cisc_ext::")
+    }
+    return [name for name in OPERATORS if name not in there]
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what the interpreter takes minutes for, and have the longest files first; with
     CISC_TESTS_SHARD=I/N, all but the I-th of N parts, in which tests of the same case stay together."""
@@ -58,6 +72,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             name = getattr(item, "originalname", item.name)
             if _interprets(item) and name not in INTERPRETED:
                 item.add_marker(pytest.mark.skip(reason=TOO_LONG))
+    lacking = _lacking()
+    for item in items if lacking else []:
+        of_all = item.path.name == "test_golden.py" and "-cpp" in item.nodeid
+        named = [name for name in lacking if of_all or f"{name}-cpp" in item.nodeid]
+        if named:
+            item.add_marker(pytest.mark.skip(reason=f"the library of CISC_OPS has no {', '.join(named)}"))
     items.sort(key=lambda item: item.path.name not in LONGEST)
     if not os.environ.get("CISC_TESTS_SHARD"):
         return

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from benchmarks import (
     cases,
+    full_step,
     gate,
     gpu_rivals,
     kernels,
@@ -119,6 +120,65 @@ def test_step_writes_its_result(tmp_path: Path) -> None:
                 row["extra_mib"] / rows[row["step"], "published"]["extra_mib"], abs=1e-3
             )
     assert len(done.stdout.splitlines()) == 1 + len(rows)
+
+
+def test_the_full_step_in_small(tmp_path: Path) -> None:
+    """Both stages, ours and the published, at a size for a CPU; nothing is judged there."""
+    path = tmp_path / "step.json"
+    words = ["--crop", "33", "--repeats", "1", "--full", "tiny", "--json", str(path)]
+    assert step.main(words) == 0
+    full = json.loads(path.read_text())["full"]
+    stages = ("re-training", "supervised")
+    expected = {("similarity and losses", "same", variant) for variant in ("published", "auto")}
+    expected |= {(stage, "same", variant) for stage in stages for variant in ("published", "auto")}
+    expected |= {(stage, "own", variant) for stage in stages for variant in ("published", "recipe")}
+    assert {(row["step"], row["settings"], row["variant"]) for row in full["rows"]} == expected
+    assert all(row["images_per_s"] > 0 and row["batch"] == 2 for row in full["rows"])
+    assert full["too_large_batches"] == [] and set(full["tf32"]) == {"convolutions", "products"}
+    assert len(full["targets"]) == 7 and sum(one["target"] == "" for one in full["targets"]) == 2
+
+
+def test_the_full_step_is_judged() -> None:
+    def row(name: str, settings: str, variant: str, **more: float | None) -> dict[str, Any]:
+        return {"step": name, "settings": settings, "variant": variant, **more}
+
+    def rows(ms: float, speedup: float, memory: float, recipe: float) -> list[dict[str, Any]]:
+        part = row("similarity and losses", "same", "auto", time_ms=ms, speedup=speedup, memory_ratio=memory)
+        same = [
+            row(stage, "same", "auto", time_ms=100, speedup=1.1) for stage in ("re-training", "supervised")
+        ]
+        own = [row(stage, "own", "recipe", speedup=recipe) for stage in ("re-training", "supervised")]
+        return [part, *same, *own]
+
+    def met(*values: float) -> list[bool | None]:
+        return [one["met"] for one in full_step.judged(rows(*values)) if one["target"]]
+
+    assert met(4.9, 10.1, 0.049, 3.1) == [True] * 5
+    assert met(5.1, 9.9, 0.051, 2.9) == [False] * 5
+
+
+def test_a_batch_that_does_not_fit_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def measured(size: full_step.Size, device: str, repeats: int) -> list[dict[str, Any]]:
+        asked.append(size.batch)
+        if size.batch > 2:
+            raise torch.OutOfMemoryError("full")
+        return []
+
+    monkeypatch.setattr(full_step, "measured", measured)
+    monkeypatch.setattr(full_step, "judged", lambda rows: [])
+    found = full_step.run(full_step.FULL, "cpu", 1)
+    assert asked == [8, 4, 2] and found["too_large_batches"] == [8, 4]
+
+
+def test_losses_of_the_full_step_must_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*words: Any) -> Any:
+        return 1.001 * full_step.similarity_and_losses(*words)
+
+    monkeypatch.setitem(full_step.RETRAINING, "auto", wrong)
+    with pytest.raises(full_step.DisagreementError, match=r"^similarity and losses: auto is .* off"):
+        full_step.measured(full_step.TINY, "cpu", 1)
 
 
 def measured_kernels(path: Path, *arguments: str) -> dict[str, Any]:

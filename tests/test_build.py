@@ -47,14 +47,19 @@ def test_why_a_library_does_not_load(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not _library.LOADED and re.match(r"_ops.so cannot be loaded: .*file too short", _library.REASON)
 
 
-@pytest.fixture(scope="module")
-def setup_py() -> ModuleType:
+def load_setup() -> ModuleType:
+    """setup.py as a module."""
     spec = importlib.util.spec_from_file_location("cisc_setup", ROOT / "setup.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def setup_py() -> ModuleType:
+    return load_setup()
 
 
 @pytest.fixture(scope="module")
@@ -300,20 +305,28 @@ def test_cuda_choice_says_why(setup_py: ModuleType, tmp_path: Path) -> None:
     assert (cuda.left_out, [path.name for path in cuda.sources]) == ("", ["new_cuda.cu"])
 
 
+def foreign_symbols(library: Path) -> list[str]:
+    """What it asks of torch's C++ or of Python, which other versions of these may lack."""
+    names = subprocess.run(["nm", "-D", "-C", "--undefined-only", library], capture_output=True, text=True)
+    assert names.returncode == 0
+    symbols = [line.split(maxsplit=1)[1] for line in names.stdout.splitlines() if line.split()[0] == "U"]
+    assert any(symbol.startswith("aoti_torch_") for symbol in symbols)
+    return [symbol for symbol in symbols if re.search(r"\b(c10|at|torch)::|\bPy[A-Z_]|^_?Py", symbol)]
+
+
+def needed_libraries(library: Path) -> list[str]:
+    """What the loader looks for."""
+    done = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True)
+    return re.findall(r"\(NEEDED\).*\[(.*)\]", done.stdout)
+
+
 @compiled
 @pytest.mark.skipif(shutil.which("nm") is None, reason="no binutils")
 def test_only_the_stable_abi() -> None:
     """Of torch only C functions are used; the library asks for libtorch, or it would not load."""
-    names = subprocess.run(
-        ["nm", "-D", "-C", "--undefined-only", _library.PATH], capture_output=True, text=True
-    )
-    assert names.returncode == 0
-    symbols = [line.split(maxsplit=1)[1] for line in names.stdout.splitlines() if line.split()[0] == "U"]
-    assert any(symbol.startswith("aoti_torch_") for symbol in symbols)
-    foreign = [symbol for symbol in symbols if re.search(r"\b(c10|at|torch)::|\bPy[A-Z_]|^_?Py", symbol)]
-    assert foreign == []
-    needed = subprocess.run(["readelf", "-d", _library.PATH], capture_output=True, text=True).stdout
-    assert "[libtorch.so]" in needed
+    assert foreign_symbols(_library.PATH) == []
+    needed = " ".join(needed_libraries(_library.PATH))
+    assert "libtorch.so" in needed
     assert "libpython" not in needed and "libtorch_python" not in needed
 
 

@@ -468,10 +468,8 @@ BAD_VALUES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("name", "given"), BAD_VALUES)
-def test_wrong_values(name: str, given: dict[str, Any], device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One wrong value raises on the CPU; on a GPU the result is NaN, or an error under CISC_CHECK=1."""
+def bad_inputs(given: dict[str, Any], device: str) -> dict[str, Any]:
+    """The inputs that an entry of `BAD_VALUES` stands for: one label, or all classes, are wrong."""
     inputs: dict[str, Any] = {}
     for key, value in given.items():
         if key.endswith("labels"):
@@ -481,6 +479,14 @@ def test_wrong_values(name: str, given: dict[str, Any], device: str, monkeypatch
             inputs[key] = torch.full((1, 1), value, device=device)
         else:
             inputs[key] = value.to(device) if isinstance(value, Tensor) else value
+    return inputs
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("name", "given"), BAD_VALUES)
+def test_wrong_values(name: str, given: dict[str, Any], device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One wrong value raises on the CPU; on a GPU the result is NaN, or an error under CISC_CHECK=1."""
+    inputs = bad_inputs(given, device)
     function = getattr(ops, name)
     monkeypatch.delenv("CISC_CHECK", raising=False)
     if device == "cuda":

@@ -124,7 +124,7 @@ def test_entries_are_complete(name: str) -> None:
         assert not operator.implementations[-1].obstacles(Call(device, (torch.bfloat16,)))
 
 
-HOPPER, AMPERE, TURING = (9, 0), (8, 0), (7, 5)
+HOPPER, AMPERE, TURING, VOLTA = (9, 0), (8, 0), (7, 5), (7, 0)
 ALL = frozenset(registry.OPERATORS)
 NO_LIBRARY, NO_TRITON = "_ops.so was not built", "Triton is not installed"
 SLOWER, TESTS_ONLY = "was not measured to be faster than Triton's", "its interpreter is there for tests"
@@ -177,6 +177,16 @@ CHOICES: dict[str, tuple[Found, str, tuple[int, int] | None, str, dict[str, str]
         {"triton": "Triton needs compute capability 8.0, this GPU has 7.5"},
     ),
     "old GPU, CUDA not measured": (Found("", "", cuda_kernels=ALL), "cuda", TURING, "cpp", {}),
+    "older GPU, CUDA built": (
+        Found("", "", cuda_kernels=ALL),
+        "cuda",
+        VOLTA,
+        "reference",
+        {
+            "cpp": "the CUDA kernels need compute capability 7.5, this GPU has 7.0",
+            "triton": "Triton needs compute capability 8.0, this GPU has 7.0",
+        },
+    ),
     "GPU, interpreter": (
         Found(NO_LIBRARY, "", interpreted=True),
         "cuda",
@@ -240,6 +250,20 @@ def test_triton_by_name(name: str) -> None:
     ):
         with pytest.raises(ValueError, match=f"^{name}: impl='triton' cannot run here: .*{message}"):
             decide(name, "triton", Call(device, (torch.float32,), None, found))
+
+
+def test_between_the_oldest_chips_of_cuda_and_triton() -> None:
+    """From 7.5 to below 8.0 the CUDA kernels are taken where they are there, measured or not."""
+    some = Found("", "", cuda_kernels=frozenset({"predict"}))
+    for chip, taken in (((7, 5), "cpp"), ((7, 9), "cpp"), ((8, 0), "triton"), ((7, 4), "reference")):
+        call = Call("cuda", (torch.float32,), chip, some)
+        chosen, passed_over = decide("predict", None, call)
+        assert chosen.name == taken
+        assert (chosen.name == "cpp") != ("cpp" in passed_over)
+    other, why = decide("map_consistency", None, Call("cuda", (torch.float32,), TURING, some))
+    assert other.name == "reference" and "no CUDA kernel of map_consistency" in why["cpp"][0]
+    with pytest.raises(ValueError, match="impl='triton' cannot run here: Triton needs compute capability"):
+        decide("predict", "triton", Call("cuda", (torch.float32,), TURING, some))
 
 
 def test_choices_of_a_machine_that_is_not_here() -> None:

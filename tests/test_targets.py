@@ -1,11 +1,13 @@
-"""What is asked of Triton's kernels on a GPU: the arithmetic behind it, and the gate's parts around it."""
+"""What is asked of the kernels on a GPU: the arithmetic behind it, and the gate's parts around it."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,18 +15,20 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import cases, first_call, gate, gpu_tests, machine, measure, triton_targets
+from benchmarks import cases, first_call, gate, gpu_tests, machine, measure, profile, sanitize, targets
+from cisc_ext.ops import _library
 from cisc_ext.ops._workloads import Size
-from cisc_ext.ops.registry import OPERATORS
+from cisc_ext.ops.registry import OPERATORS, Call, Found
 
-RATES = triton_targets.Rates(copy_gbps=4000.0, multiprocessors=132, ghz=1.75)
+RATES = targets.Rates(copy_gbps=4000.0, multiprocessors=132, ghz=1.75)
+TRITON, CPP = targets.TARGETS["triton"], targets.TARGETS["cpp"]
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 
-def case_of(op: str, passes: str, size: Size = triton_targets.SMALL) -> cases.Case:
+def case_of(op: str, passes: str, size: Size = targets.SMALL) -> cases.Case:
     return next(
         case
-        for case in triton_targets.cases(size, "cpu")
+        for case in targets.cases(size, "cpu")
         if (case.operator.name, case.passes, case.dtype) == (op, passes, torch.float32)
     )
 
@@ -32,89 +36,147 @@ def case_of(op: str, passes: str, size: Size = triton_targets.SMALL) -> cases.Ca
 def test_the_floor_is_what_is_counted() -> None:
     case = case_of("rectified_cross_entropy", "both")
     pixels = 2 * 97 * 97 * 19
-    found = triton_targets.floor(case, RATES)
-    work = triton_targets.WORK["rectified_cross_entropy", "both"]
+    found = targets.floor(case, RATES)
+    work = targets.WORK["rectified_cross_entropy", "both"]
     assert (found["special"], found["instructions"]) == (pixels, pixels * work.instructions)
     assert found["bytes"] == case.operator.cost(case.inputs, "both").bytes
     assert found["special_us"] == pytest.approx(pixels / (16 * 132 * 1.75e9) * 1e6)
     assert found["instructions_us"] == pytest.approx(pixels * work.instructions / (128 * 132 * 1.75e9) * 1e6)
     assert found["bytes_us"] == pytest.approx(found["bytes"] / 4e12 * 1e6)
-    maps = triton_targets.floor(case_of("map_consistency", "forward"), RATES)
+    maps = targets.floor(case_of("map_consistency", "forward"), RATES)
     assert maps["special"] == 2 * 97 * 97
 
 
-def test_a_loss_is_held_against_its_floor() -> None:
+@pytest.mark.parametrize(("of", "times"), [(TRITON, 1.8), (CPP, 1.5)])
+def test_a_loss_is_held_against_its_floor(of: targets.Targets, times: float) -> None:
     case = case_of("predict", "forward")
-    parts = triton_targets.floor(case, RATES)
+    parts = targets.floor(case, RATES)
     least_ms = 1e-3 * max(parts["bytes_us"], parts["special_us"], parts["instructions_us"])
-    limit_ms = 1.8 * least_ms + 0.01
-    assert triton_targets.against_floor(case, RATES, 0.999 * limit_ms)["met"]
-    row = triton_targets.against_floor(case, RATES, 1.001 * limit_ms)
+    limit_ms = times * least_ms + 0.01
+    assert targets.against_floor(case, RATES, 0.999 * limit_ms, of)["met"]
+    row = targets.against_floor(case, RATES, 1.001 * limit_ms, of)
     assert not row["met"] and row["target"] == f"{limit_ms:.4f} ms" and row["special"] == 0
 
 
-def test_what_is_bound_by_bytes_is_held_against_a_copy() -> None:
+def test_a_loss_in_cuda_is_held_against_plain_pytorch() -> None:
+    case = case_of("rectified_cross_entropy", "both")
+    ms = 1e-6
+    for plain, met in (
+        (targets.Plain(5.01 * ms, 100.0, 4.99), True),
+        (targets.Plain(4.99 * ms, 100.0, 4.99), False),
+        (targets.Plain(5.01 * ms, 100.0, 5.01), False),
+        (targets.Plain(5.01 * ms, 100.0, 0.0), True),
+    ):
+        row = targets.against_floor(case, RATES, ms, CPP, plain)
+        assert row["met"] is met and "5 x plain, 1/20 of its memory" in row["target"]
+        assert targets.against_floor(case, RATES, ms, TRITON, plain)["met"]
+
+
+@pytest.mark.parametrize(("of", "share"), [(TRITON, 0.75), (CPP, 0.8)])
+def test_what_is_bound_by_bytes_is_held_against_a_copy(of: targets.Targets, share: float) -> None:
     for op, passes in (("masked_average_pool", "forward"), ("prototype_similarity", "backward")):
         case = case_of(op, passes)
         moved = case.operator.cost(case.inputs, passes).bytes
-        assert triton_targets.against_copy(case, RATES, moved / (1e6 * 4000 * 0.751))["met"]
-        row = triton_targets.against_copy(case, RATES, moved / (1e6 * 4000 * 0.749))
-        assert not row["met"] and row["reached"] == "0.749 of copy"
+        assert targets.against_copy(case, RATES, moved / (1e6 * 4000 * (share + 0.001)), of)["met"]
+        row = targets.against_copy(case, RATES, moved / (1e6 * 4000 * (share - 0.001)), of)
+        assert not row["met"] and row["reached"] == f"{share - 0.001:.3f} of copy"
 
 
 def test_the_row_maximum_is_held_against_a_rate_and_chunks() -> None:
-    case = triton_targets.dense_case((32, 32), torch.bfloat16, "cpu")
+    case = targets.dense_case((32, 32), torch.bfloat16, "cpu")
     flops = 2 * 256 * 1024 * 1024
     fast = flops / 401e9  # milliseconds
-    assert triton_targets.against_chunked(case, fast, 1.21 * fast)["met"]
-    assert not triton_targets.against_chunked(case, fast, 1.19 * fast)["met"]
-    assert not triton_targets.against_chunked(case, flops / 399e9, 1.0)["met"]
+    assert targets.against_chunked(case, fast, 1.21 * fast, TRITON)["met"]
+    assert not targets.against_chunked(case, fast, 1.19 * fast, TRITON)["met"]
+    assert not targets.against_chunked(case, flops / 399e9, 1.0, TRITON)["met"]
+    shown = targets.against_chunked(case, 1.0, 1.0, CPP)
+    assert shown["met"] is None and shown["target"] is None and "x chunked" in shown["reached"]
 
 
 def test_pytorch_in_chunks_gives_the_row_maximum() -> None:
-    case = triton_targets.dense_case((20, 20), torch.float32, "cpu")
+    case = targets.dense_case((20, 20), torch.float32, "cpu")
     wanted = cases.implementation_call(case, "reference")()
     for chunk in (7, 128, 1024):
-        assert cases.disagreement(triton_targets.chunked(case, chunk)(), wanted) < 1e-5
+        assert cases.disagreement(targets.chunked(case, chunk)(), wanted) < 1e-5
 
 
 def test_every_operator_has_a_target() -> None:
-    measured = list(triton_targets.cases(triton_targets.SMALL, "cpu"))
+    measured = list(targets.cases(targets.SMALL, "cpu"))
     names = {case.operator.name for case in measured}
-    assert names | {triton_targets.dense_case((4, 4), torch.float16, "cpu").operator.name} == set(OPERATORS)
-    assert {(case.operator.name, case.passes) for case in measured} >= set(triton_targets.WORK)
-    assert triton_targets.FULL.low == (181, 181)
-    assert triton_targets.PIXELS[0] * triton_targets.PIXELS[1] == 131072
+    assert names | {targets.dense_case((4, 4), torch.float16, "cpu").operator.name} == set(OPERATORS)
+    assert {(case.operator.name, case.passes) for case in measured} >= set(targets.WORK)
+    assert targets.FULL.low == (181, 181)
+    assert targets.PIXELS[0] * targets.PIXELS[1] == 131072
 
 
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """A GPU on which all takes as long, and Triton computes what the reference does."""
+    """A GPU on which the kernels take that long, plain PyTorch a hundred times, and all are right."""
+    of_own: set[int] = set()
 
     def all_take(ms: float) -> None:
-        monkeypatch.setattr(triton_targets, "graph_ms", lambda make: (make(), ms)[1])
-        monkeypatch.setattr(measure, "time_ms", lambda *_, **__: ms)
+        def graph_ms(make: Callable[[], cases.Call]) -> float:
+            call = make()
+            call()
+            return ms if id(call) in of_own else 100 * ms
+
+        monkeypatch.setattr(targets, "graph_ms", graph_ms)
+        monkeypatch.setattr(targets, "called_ms", lambda call: 100 * ms)
+        monkeypatch.setattr(measure, "peak_extra_mib", lambda call, **_: 1 if id(call) in of_own else 100)
+
+    kept = []
 
     def reference(case: cases.Case, name: str, **more: Any) -> cases.Call:
-        return cases.implementation_call(case, "reference", **more)
+        call = cases.implementation_call(case, "reference", **more)
+        kept.append(call)  # its id stays its own
+        of_own.add(id(call))
+        return call
 
-    monkeypatch.setattr(triton_targets, "implementation_call", reference)
-    monkeypatch.setattr(triton_targets, "SMALL", Size("small", 1, 3, 17, 17))
-    monkeypatch.setattr(triton_targets, "FEW_PIXELS", (4, 4))
+    monkeypatch.setattr(targets, "implementation_call", reference)
+    monkeypatch.setattr(targets, "obstacles", lambda case, impl: [])
+    monkeypatch.setattr(targets, "SMALL", Size("small", 1, 3, 17, 17))
+    monkeypatch.setattr(targets, "FEW_PIXELS", (4, 4))
     return all_take
 
 
-def test_a_row_of_every_case(pretended: Callable[[float], None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_of_every_case(pretended: Callable[[float], None]) -> None:
     pretended(1e9)
-    rows = list(triton_targets.measured("cpu", RATES, quick=True))
-    assert {row["op"] for row in rows} == set(OPERATORS)
-    assert len(triton_targets.missed(rows)) == len(rows) == 20
+    rows = list(targets.measured("cpu", RATES, quick=True))
+    assert {(row["op"], row["impl"]) for row in rows} == {
+        (op, i) for op in OPERATORS for i in ("cpp", "triton")
+    }
+    without_target = [row for row in rows if row["met"] is None]
+    assert {(row["op"], row["impl"]) for row in without_target} == {("cross_similarity", "cpp")}
+    assert len(rows) == 40 and len(targets.missed(rows)) == len(rows) - len(without_target)
     pretended(1e-9)
-    rows = list(triton_targets.measured("cpu", RATES, quick=True))
-    # Nothing is faster than itself.
-    assert [line.split()[0] for line in triton_targets.missed(rows)] == ["cross_similarity"] * 2
-    monkeypatch.setattr(triton_targets, "TIMES_CHUNKED", 1.0)
-    assert not triton_targets.missed(list(triton_targets.measured("cpu", RATES, quick=True)))
+    assert not targets.missed(list(targets.measured("cpu", RATES, quick=True)))
+    plain = [row for row in rows if "plain_ms" in row]
+    assert {row["impl"] for row in plain} == {"cpp"}
+    assert {row["op"] for row in plain} == {"predict", "map_consistency", "rectified_cross_entropy"}
+
+
+def test_what_cannot_run_is_left_out_with_its_reason(
+    pretended: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretended(1e-9)
+    monkeypatch.setattr(targets, "obstacles", lambda case, impl: ["no chip"] if impl == "triton" else [])
+    left_out: list[dict[str, str]] = []
+    rows = list(targets.measured("cpu", RATES, True, left_out=left_out))
+    assert {row["impl"] for row in rows} == {"cpp"}
+    assert sorted((one["op"], one["impl"], one["reason"]) for one in left_out) == [
+        (op, "triton", "no chip") for op in sorted(OPERATORS)
+    ]
+
+
+def test_obstacles_are_those_of_the_registry() -> None:
+    case = case_of("predict", "forward")
+    assert any("no CUDA kernel" in reason for reason in _on("cuda", case, "cpp")) or torch.cuda.is_available()
+    assert not targets.obstacles(case, "cpp") or not _library.LOADED
+
+
+def _on(device: str, case: cases.Case, impl: str) -> list[str]:
+    (one,) = (one for one in case.operator.implementations if one.name == impl)
+    return one.obstacles(Call(device, (case.dtype,), (9, 0), Found("", "")))
 
 
 def test_a_wrong_result_meets_no_target(
@@ -126,13 +188,13 @@ def test_a_wrong_result_meets_no_target(
         call = cases.implementation_call(case, "reference", **more)
         return lambda: tuple(2 * value for value in call())
 
-    monkeypatch.setattr(triton_targets, "implementation_call", wrong)
-    rows = list(triton_targets.measured("cpu", RATES, quick=True))
+    monkeypatch.setattr(targets, "implementation_call", wrong)
+    rows = list(targets.measured("cpu", RATES, quick=True))
     assert all("off the float32 reference" in row["reached"] and not row["met"] for row in rows)
 
 
 @NO_GPU
-@pytest.mark.parametrize("module", [triton_targets, first_call])
+@pytest.mark.parametrize("module", [targets, first_call, sanitize, profile])
 def test_refused_without_a_gpu(module: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "none.json"
     assert module.main(["--json", str(path)]) == 1
@@ -192,6 +254,19 @@ def test_gpu_tests_are_shared_out(
     assert gpu_tests.main([*words[:4], "--", "-m", "cuda", str(tmp_path)]) == 1, "no test is no green test"
 
 
+def test_gpu_tests_that_do_not_end_are_interrupted(tmp_path: Path) -> None:
+    """With their results until then."""
+    (tmp_path / "test_made.py").write_text(
+        "import time\ndef test_good(): pass\ndef test_bad(): assert False\ndef test_slow(): time.sleep(60)\n"
+    )
+    options = ["-p", "no:cacheprovider", "-rf", str(tmp_path)]
+    out = tmp_path / "out"
+    begin = time.monotonic()
+    assert gpu_tests.main(["--out", str(out), "--jobs", "1", "--limit", "12", "--", *options]) == 1
+    assert time.monotonic() - begin < 30
+    assert "FAILED" in (out / "tests_0.log").read_text() and (out / "tests_0.xml").is_file()
+
+
 def test_kernels_are_tested_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the part before; where that failed or did not run, by themselves."""
     commands = []
@@ -221,4 +296,25 @@ def test_the_gates_commands_are_right() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 30
-    assert sum(limit_s for _, limit_s in gate.PARTS.values()) < 2400
+    assert gate.WITHIN_S == 480 and gate.PARTS["tests"][1] <= gate.WITHIN_S / 2
+    for name in ("sanitizer", "profile"):
+        of_part, limit_s = gate.PARTS[name]
+        times = len(sanitize.RUNS) if name == "sanitizer" else 1
+        assert times * int(of_part[of_part.index("--limit") + 1]) < limit_s
+    for of_part, _ in gate.PARTS.values():
+        assert importlib.util.find_spec(of_part[0]) is not None
+
+
+def test_the_gate_ends_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part gets what is left of the whole; one without time is there as failed."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(machine, "facts", lambda *_: {})
+    monkeypatch.setattr(gate, "_LEAST_S", 1.0)
+    slow = ("timeit", "-n1", "-r1", "import time; time.sleep(60)")
+    monkeypatch.setattr(gate, "PARTS", {"slow": (slow, 60), "late": (("this",), 60)})
+    begin = time.monotonic()
+    assert gate.main(["--out", str(tmp_path), "--within", "2.5"]) == 1
+    assert time.monotonic() - begin < 20
+    slow_part, late = json.loads((tmp_path / "gate.json").read_text())["parts"]
+    assert slow_part["returncode"] is None and slow_part["limit_s"] == 2
+    assert late["returncode"] is None and late["tail"].startswith("not begun")

@@ -21,6 +21,8 @@ from .registry import Call, Found, Implementation, never
 OLDEST_TRITON = (3, 6)
 OLDEST_CAPABILITY = (8, 0)
 """Compute capability that Triton supports."""
+OLDEST_CUDA = (7, 5)
+"""The same of the CUDA kernels."""
 
 _CUDA_FASTER: frozenset[str] = frozenset()
 """Operators whose CUDA kernel was measured to be faster than Triton's, by `benchmarks.kernels`."""
@@ -109,6 +111,8 @@ def cpp_obstacles(name: str) -> Reasons:
         reasons = [found.library] if found.library else []
         if call.device == "cuda" and name not in found.cuda_kernels:
             reasons.append(f"there is no CUDA kernel of {name} in this build")
+        elif call.device == "cuda" and call.capability is not None and call.capability < OLDEST_CUDA:
+            reasons.append(_too_old("the CUDA kernels need", OLDEST_CUDA, call.capability))
         elif call.device not in ("cpu", "cuda"):
             reasons.append(f"there is no C++ kernel of {name} for {call.device} tensors")
         return reasons + _not_float64(call)
@@ -139,11 +143,15 @@ def triton_obstacles(call: Call) -> list[str]:
     elif call.device == "cuda" and found.driver:
         reasons.append(found.driver)
     elif call.device == "cuda" and call.capability is not None and call.capability < OLDEST_CAPABILITY:
-        needed, got = (".".join(map(str, one)) for one in (OLDEST_CAPABILITY, call.capability))
-        reasons.append(f"Triton needs compute capability {needed}, this GPU has {got}")
+        reasons.append(_too_old("Triton needs", OLDEST_CAPABILITY, call.capability))
     elif call.device not in ("cpu", "cuda"):
         reasons.append(f"there is no Triton kernel for {call.device} tensors")
     return reasons + _not_float64(call)
+
+
+def _too_old(who_needs: str, oldest: tuple[int, int], capability: tuple[int, int]) -> str:
+    needed, got = (".".join(map(str, one)) for one in (oldest, capability))
+    return f"{who_needs} compute capability {needed}, this GPU has {got}"
 
 
 def triton_reservations(call: Call) -> list[str]:

@@ -1,16 +1,19 @@
-"""Whether the Triton kernels reach what they are to reach on a GPU.
+"""Whether the kernels reach what they are to reach on a GPU, by each implementation that runs there.
 
-    python -m benchmarks.triton_targets [--json FILE] [--ghz CLOCK] [--quick]
+    python -m benchmarks.targets [--impl NAME ...] [--json FILE] [--ghz CLOCK] [--quick]
 
 At B = 16, K = 19, 256 channels, labels of 721 x 721 and features of 181 x 181:
-losses and predict take at most 1.8 times a floor + 10 us, which is the largest of the bytes at the rate of a
-copy, the exponentials and logarithms at 16 a clock and multiprocessor, and the float32 instructions at 128;
-masked_average_pool and prototype_similarity move their bytes at 0.75 of the rate of a copy; and the row
-maximum of cross_similarity, 131072 pixels against as many, reaches 400 TFLOP/s and 1.2 times the rate of
-PyTorch in chunks. Times are medians of replayed CUDA graphs, each from a flushed cache: the GPU's own,
-without Python. `call_ms` is that of a call as it comes. The result is compared with the reference's, that of
-the row maximum for some pixels. Exit 1 if a target is missed; `--quick` tries it at small sizes and judges
-nothing.
+losses and predict take at most 1.8 (Triton) or 1.5 (CUDA) times a floor + 10 us, which is the largest of the
+bytes at the rate of a copy, the exponentials and logarithms at 16 a clock and multiprocessor, and the float32
+instructions at 128; in CUDA also at most a fifth of the time and a twentieth of the memory of plain PyTorch
+(benchmarks/naive.py). masked_average_pool and prototype_similarity move their bytes at 0.75 (Triton) or 0.80
+(CUDA) of the rate of a copy. The row maximum of cross_similarity, 131072 pixels against as many, reaches in
+Triton 400 TFLOP/s and 1.2 times the rate of PyTorch in chunks; in CUDA it has no target, and is measured.
+Times are medians of replayed CUDA graphs, each from a flushed cache: the GPU's own, without Python; those of
+plain PyTorch too, but for predict, which waits for the GPU there. `call_ms` is that of a call as it comes.
+The result is compared with the reference's, that of the row maximum for some pixels. `left_out` has the
+reasons for what cannot run here. Exit 1 if a target is missed or nothing runs; `--quick` tries it at small
+sizes and judges nothing.
 """
 
 from __future__ import annotations
@@ -27,12 +30,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import ceilings, machine, measure
-from benchmarks.cases import Call, Case, disagreement, expected, implementation_call, matching, tolerance
+from benchmarks import ceilings, machine, measure, naive
+from benchmarks.cases import (
+    Call,
+    Case,
+    Result,
+    call_of,
+    disagreement,
+    expected,
+    implementation_call,
+    matching,
+    tolerance,
+)
 from benchmarks.tables import aligned
 from cisc_ext.files import write_json
 from cisc_ext.ops._workloads import CHANNELS, Size
-from cisc_ext.ops.registry import OPERATORS, Workload
+from cisc_ext.ops.registry import OPERATORS, Workload, capability
+from cisc_ext.ops.registry import Call as RegistryCall
 
 DTYPES = ("float32", "bfloat16")
 FULL, SMALL = Size("b16_721", 16, 19, 721, 721), Size("b2_97", 2, 19, 97, 97)
@@ -40,13 +54,41 @@ PIXELS, FEW_PIXELS = (256, 512), (32, 32)
 CHUNKS = (512, 1024, 2048, 4096, 8192)
 GHZ = 1.75
 SPECIAL_PER_CLOCK, FLOAT_PER_CLOCK = 16, 128
-TIMES_FLOOR, MORE_US = 1.8, 10.0
-SHARE_OF_COPY = 0.75
-TFLOPS, TIMES_CHUNKED = 400.0, 1.2
+MORE_US = 10.0
 _COPY_BYTES = 2**30
 _RUNS, _WARM_UPS = 20, 3
 _INTERPOLATION = 6
 """Three linear interpolations, each a product and a multiply-add."""
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Of an implementation; None is no target."""
+
+    times_floor: float
+    share_of_copy: float
+    tflops: float | None = None
+    """Of the row maximum."""
+    times_chunked: float | None = None
+    times_plain: float | None = None
+    """Plain PyTorch's time over the own; its memory below."""
+    times_memory: float | None = None
+
+
+TARGETS = {
+    "cpp": Targets(1.5, 0.80, times_plain=5.0, times_memory=20.0),
+    "triton": Targets(1.8, 0.75, tflops=400.0, times_chunked=1.2),
+}
+IMPLEMENTATIONS = tuple(TARGETS)
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Time and memory of plain PyTorch, and of the implementation the memory."""
+
+    time_ms: float
+    mib: float
+    own_mib: float
 
 
 @dataclass(frozen=True)
@@ -97,46 +139,63 @@ def floor(case: Case, rates: Rates) -> dict[str, float]:
     }
 
 
-def against_floor(case: Case, rates: Rates, time_ms: float) -> dict[str, Any]:
+def against_floor(
+    case: Case, rates: Rates, time_ms: float, targets: Targets, plain: Plain | None = None
+) -> dict[str, Any]:
     """A row of a loss or of predict."""
     parts = floor(case, rates)
     least_us = max(parts["bytes_us"], parts["special_us"], parts["instructions_us"])
-    limit_ms = 1e-3 * (TIMES_FLOOR * least_us + MORE_US)
-    return {
+    limit_ms = 1e-3 * (targets.times_floor * least_us + MORE_US)
+    found: dict[str, Any] = {
         **{key: round(value, 2) for key, value in parts.items()},
         "floor_us": round(least_us, 2),
         "target": f"{limit_ms:.4f} ms",
         "reached": f"{time_ms:.4f} ms",
         "met": time_ms <= limit_ms,
     }
+    if plain is None or targets.times_plain is None or targets.times_memory is None:
+        return found
+    times, of_memory = plain.time_ms / time_ms, plain.mib / max(plain.own_mib, 2**-20)
+    found["target"] += f", {targets.times_plain:g} x plain, 1/{targets.times_memory:g} of its memory"
+    found["reached"] += f", {times:.1f} x plain, {plain.own_mib:.1f} of {plain.mib:.1f} MiB"
+    found["met"] = found["met"] and times >= targets.times_plain and of_memory >= targets.times_memory
+    memory = {"extra_mib": round(plain.own_mib, 2), "plain_mib": round(plain.mib, 2)}
+    return {**found, "plain_ms": round(plain.time_ms, 4), **memory}
 
 
-def against_copy(case: Case, rates: Rates, time_ms: float) -> dict[str, Any]:
+def against_copy(case: Case, rates: Rates, time_ms: float, targets: Targets) -> dict[str, Any]:
     """A row of an operator that is bound by its bytes."""
     moved = case.operator.cost(case.inputs, case.passes).bytes
     gbps = moved / (1e6 * time_ms)
     share = gbps / rates.copy_gbps
-    target = {"target": f"{SHARE_OF_COPY} of copy", "reached": f"{share:.3f} of copy"}
+    target = {"target": f"{targets.share_of_copy:.2f} of copy", "reached": f"{share:.3f} of copy"}
     return {
         "bytes": moved,
         "gbps": round(gbps, 1),
         **target,
-        "met": share >= SHARE_OF_COPY,
+        "met": share >= targets.share_of_copy,
     }
 
 
-def against_chunked(case: Case, time_ms: float, chunked_ms: float) -> dict[str, Any]:
-    """A row of the row maximum."""
+def against_chunked(case: Case, time_ms: float, chunked_ms: float, targets: Targets) -> dict[str, Any]:
+    """A row of the row maximum; `met` is None where there is no target."""
     n, m = (case.inputs[name].shape[2:].numel() for name in ("query", "guide"))
     flops = 2 * CHANNELS * n * m
     tflops, times = flops / (1e9 * time_ms), chunked_ms / time_ms
-    return {
+    found = {
         "flops": flops,
         "tflops": round(tflops, 1),
         "chunked_ms": round(chunked_ms, 4),
-        "target": f"{TFLOPS:g} TFLOP/s, {TIMES_CHUNKED} x chunked",
+        "target": None,
         "reached": f"{tflops:.1f} TFLOP/s, {times:.2f} x chunked",
-        "met": tflops >= TFLOPS and times >= TIMES_CHUNKED,
+        "met": None,
+    }
+    if targets.tflops is None or targets.times_chunked is None:
+        return found
+    return {
+        **found,
+        "target": f"{targets.tflops:g} TFLOP/s, {targets.times_chunked} x chunked",
+        "met": tflops >= targets.tflops and times >= targets.times_chunked,
     }
 
 
@@ -236,57 +295,106 @@ def called_ms(call: Call) -> float:
     return statistics.median(measure.time_ms(call, device="cuda") for _ in range(_RUNS))
 
 
-def _wrong(case: Case) -> str:
+def obstacles(case: Case, impl: str) -> list[str]:
+    """Why an implementation cannot run a case."""
+    (one,) = (one for one in case.operator.implementations if one.name == impl)
+    dtypes = (case.dtype,) * len(case.operator.features)
+    return one.obstacles(RegistryCall(case.device, dtypes, capability(case.device, None)))
+
+
+def _wrong(case: Case, impl: str, wanted: Result) -> str:
     """How far the result is off the reference's, where it is; empty where it is right."""
-    wanted = expected(case, few=case.operator.name == "cross_similarity")
-    error = disagreement(matching(implementation_call(case, "triton")(), wanted), wanted)
+    error = disagreement(matching(implementation_call(case, impl)(), wanted), wanted)
     return "" if error <= tolerance(case) else f"{error:.1e} off the float32 reference"
 
 
-def row(case: Case, rates: Rates) -> dict[str, Any]:
-    """A measured case."""
-    wrong = _wrong(case)
-    time_ms = graph_ms(lambda: implementation_call(case, "triton"))
+_WAITS = ("predict",)
+"""Plain expressions that read a number from the GPU, and so are in no graph."""
+
+
+def plain_cost(case: Case) -> tuple[float, float]:
+    """Milliseconds and MiB of plain PyTorch."""
+
+    def make(whole: bool = False) -> Call:
+        return call_of(naive.ORACLES[case.operator.name], case, whole=whole)
+
+    time_ms = called_ms(make()) if case.operator.name in _WAITS else graph_ms(make)
+    return time_ms, measure.peak_extra_mib(make(whole=True), device="cuda")
+
+
+def rows_of(case: Case, rates: Rates, impls: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """A measured case by each implementation; what they are held against is measured once."""
     name = case.operator.name
+    wanted = expected(case, few=name == "cross_similarity")
+    chunked_ms, plain = 0.0, None
     if name == "cross_similarity":
-        found = against_chunked(
-            case,
-            time_ms,
-            min(graph_ms(lambda c=c: chunked(case, c)) for c in CHUNKS),  # type: ignore[misc]
-        )
-    else:
-        judge = against_floor if _bound_by(name) == "floor" else against_copy
-        found = judge(case, rates, time_ms)
-    head = {"op": name, "workload": case.workload.name, "dtype": case.dtype_name, "pass": case.passes}
-    times = {
-        "time_ms": round(time_ms, 4),
-        "call_ms": round(called_ms(implementation_call(case, "triton")), 4),
-    }
-    return {**head, **times, **found, **({"met": False, "reached": wrong} if wrong else {})}
+        chunked_ms = min(graph_ms(lambda c=c: chunked(case, c)) for c in CHUNKS)  # type: ignore[misc]
+    elif _bound_by(name) == "floor" and any(TARGETS[impl].times_plain is not None for impl in impls):
+        plain = plain_cost(case)
+    for impl in impls:
+        targets = TARGETS[impl]
+        wrong = _wrong(case, impl, wanted)
+        time_ms = graph_ms(lambda i=impl: implementation_call(case, i))  # type: ignore[misc]
+        if name == "cross_similarity":
+            found = against_chunked(case, time_ms, chunked_ms, targets)
+        elif _bound_by(name) == "copy":
+            found = against_copy(case, rates, time_ms, targets)
+        elif plain is None or targets.times_plain is None:
+            found = against_floor(case, rates, time_ms, targets)
+        else:
+            own = measure.peak_extra_mib(implementation_call(case, impl, whole=True), device="cuda")
+            found = against_floor(case, rates, time_ms, targets, Plain(*plain, own))
+        head = {"op": name, "workload": case.workload.name, "dtype": case.dtype_name, "pass": case.passes}
+        times = {
+            "time_ms": round(time_ms, 4),
+            "call_ms": round(called_ms(implementation_call(case, impl)), 4),
+        }
+        yield {**head, "impl": impl, **times, **found, **({"met": False, "reached": wrong} if wrong else {})}
 
 
-def measured(device: str, rates: Rates, quick: bool) -> Iterator[dict[str, Any]]:
-    """All rows, one after another."""
-    for case in cases(SMALL if quick else FULL, device):
-        yield row(case, rates)
+def every_case(device: str, quick: bool) -> Iterator[Case]:
+    """All that is measured, one after another."""
     for dtype in (torch.bfloat16, torch.float16):
-        yield row(dense_case(FEW_PIXELS if quick else PIXELS, dtype, device), rates)
+        yield dense_case(FEW_PIXELS if quick else PIXELS, dtype, device)
+    yield from cases(SMALL if quick else FULL, device)
+
+
+def measured(
+    device: str,
+    rates: Rates,
+    quick: bool,
+    impls: Sequence[str] = IMPLEMENTATIONS,
+    left_out: list[dict[str, str]] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """All rows, one after another; `left_out` gets each operator and implementation that cannot run."""
+    for case in every_case(device, quick):
+        able = []
+        for impl in impls:
+            reasons = obstacles(case, impl)
+            if not reasons:
+                able.append(impl)
+            entry = {"op": case.operator.name, "impl": impl, "reason": "; ".join(reasons)}
+            if reasons and left_out is not None and entry not in left_out:
+                left_out.append(entry)
+        if able:
+            yield from rows_of(case, rates, able)
 
 
 def missed(rows: Sequence[dict[str, Any]]) -> list[str]:
     """A line for each target that is missed."""
     return [
-        f"{one['op']} {one['workload']} {one['dtype']} {one['pass']}: {one['reached']},"
+        f"{one['op']} {one['workload']} {one['dtype']} {one['pass']} {one['impl']}: {one['reached']},"
         f" target {one['target']}"
         for one in rows
-        if not one["met"]
+        if one["met"] is False
     ]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     summary = (__doc__ or "").partition("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.triton_targets", description=summary)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.targets", description=summary)
+    parser.add_argument("--impl", nargs="+", choices=IMPLEMENTATIONS, default=IMPLEMENTATIONS, metavar="NAME")
     parser.add_argument("--json", type=Path, help="result file (default: in benchmarks/results)")
     parser.add_argument("--ghz", type=float, default=GHZ, help=f"clock of the floors (default: {GHZ})")
     parser.add_argument("--quick", action="store_true", help="small sizes, to try it out; judges nothing")
@@ -297,19 +405,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     copy_gbps = ceilings.copy_gbps("cuda", _COPY_BYTES)
     rates = Rates(copy_gbps, torch.cuda.get_device_properties(0).multi_processor_count, flags.ghz)
     rows: list[dict[str, Any]] = []
+    left_out: list[dict[str, str]] = []
     result = {
-        **machine.facts("benchmarks.triton_targets", arguments),
-        **{"device": "cuda", "quick": flags.quick, "rates": vars(rates), "rows": rows},
+        **machine.facts("benchmarks.targets", arguments),
+        **{"device": "cuda", "quick": flags.quick, "rates": vars(rates)},
+        **{"left_out": left_out, "rows": rows},
     }
-    path = flags.json or machine.ROOT / "benchmarks/results/triton_targets.json"
-    for one in measured("cuda", rates, flags.quick):
+    path = flags.json or machine.ROOT / "benchmarks/results/targets_cuda.json"
+    for one in measured("cuda", rates, flags.quick, flags.impl, left_out):
         rows.append(one)
         write_json(path, result)
-    print(aligned("triton_targets", rows))
+    print(aligned("targets_cuda", rows))
+    for entry in left_out:
+        print(f"left out: {entry['op']} {entry['impl']}: {entry['reason']}")
     lines = [] if flags.quick else missed(rows)
     for line in lines:
         print(f"MISSED {line}")
-    return 1 if lines else 0
+    if not rows:
+        print("error: no implementation runs here", file=sys.stderr)
+    return 1 if lines or not rows else 0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,174 @@
+"""NVIDIA's compute-sanitizer over every operator's samples: memory errors, races, reads of what nobody wrote.
+
+    python -m benchmarks.sanitize [--limit SECONDS] [--tool NAME ...] [--op NAME ...] [--json FILE]
+
+memcheck, racecheck and initcheck of the CUDA kernels, then memcheck of Triton's as far as the time goes. Each
+is a process of its own with a limit, and runs forward and backward of the samples, one of each operator after
+another. Torch's cache is off, so that each tensor is a block of its own. The result has a row per tool:
+`outcome` is clean, errors, stopped (by the limit) or skipped, with the `reason` where there is no tool, the
+machine forbids it, or no such kernels are there. Exit 1 for errors, and where a tool did not come to its end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import machine, nvidia_tools
+from benchmarks.tables import aligned
+from cisc_ext.files import write_json
+from cisc_ext.ops.registry import OPERATORS, Call, Operator, capability
+
+TOOL = "compute-sanitizer"
+RUNS = (("memcheck", "cpp"), ("racecheck", "cpp"), ("initcheck", "cpp"), ("memcheck", "triton"))
+OPTIONAL = ("memcheck", "triton")
+"""May run out of time: Triton compiles meanwhile."""
+LIMIT_S = 40.0
+DTYPES = (torch.float32, torch.bfloat16)
+ERRORS_FOUND = 86  # the tool's own exit status then
+_REPORT = "SANITIZED "
+_SHARE = 0.75  # of a limit, after which no further sample begins
+
+
+def samples(names: Sequence[str]) -> Iterator[tuple[Operator, dict[str, Any]]]:
+    """The first sample of each operator, the second of each, and so on; small, and on the CPU."""
+    of_each = [[(OPERATORS[name], sample.inputs) for sample in OPERATORS[name].samples()] for name in names]
+    for turn in itertools.zip_longest(*of_each):
+        yield from (one for one in turn if one is not None)
+
+
+def call(operator: Operator, inputs: dict[str, Any], dtype: torch.dtype, device: str, impl: str) -> None:
+    """Forward and backward once; what torch itself would compute on the GPU is made before, on the CPU."""
+    leaves = {
+        name: value.to(dtype if name in operator.features else value.dtype)
+        .to(device)
+        .requires_grad_(name in operator.differentiable)
+        if isinstance(value, Tensor)
+        else value
+        for name, value in inputs.items()
+    }
+    result = operator.function(**leaves, impl=impl)
+    output = result[0] if isinstance(result, tuple) else result
+    if operator.differentiable:
+        start = torch.arange(output.numel(), dtype=torch.float64).cos().view(output.shape)
+        wanted = [leaves[name] for name in operator.differentiable]
+        torch.autograd.grad(output, wanted, start.to(output.dtype).to(device))
+
+
+def here(names: Sequence[str], impl: str, device: str, until: float = math.inf) -> dict[str, Any]:
+    """All samples in this process: how many calls there were, and what was left out or not reached."""
+    chip = capability(device, None)
+    calls, not_reached = 0, 0
+    left_out: dict[str, str] = {}
+    for name in names:
+        (one,) = (one for one in OPERATORS[name].implementations if one.name == impl)
+        reasons = one.obstacles(Call(device, DTYPES[:1] * len(OPERATORS[name].features), chip))
+        if reasons:
+            left_out[name] = "; ".join(reasons)
+    for operator, inputs in samples([name for name in names if name not in left_out]):
+        if time.time() > until:
+            not_reached += 1
+            continue
+        for dtype in DTYPES:
+            call(operator, inputs, dtype, device, impl)
+            calls += 1
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return {"calls": calls, "samples_not_reached": not_reached, "left_out": left_out}
+
+
+def reported(output: str) -> int | None:
+    """How many errors or hazards the tool counts in its last line; None where it did not come to that."""
+    counts = re.findall(
+        r"^=+ (?:ERROR|RACECHECK) SUMMARY: (\d+) (?:error|hazard)", output, flags=re.MULTILINE
+    )
+    return int(counts[-1]) if counts else None
+
+
+def judged(tool: str, impl: str, ran: nvidia_tools.Ran, limit_s: float) -> dict[str, Any]:
+    """A row of the result."""
+    found = re.findall(rf"^{_REPORT}(.*)$", ran.output, flags=re.MULTILINE)
+    report: dict[str, Any] = json.loads(found[-1]) if found else {}
+    errors = reported(ran.output)
+    why_not = nvidia_tools.forbidden(ran.output)
+    outcome, reason = "clean", None
+    if why_not is not None:
+        outcome, reason, errors = "skipped", why_not, None
+    elif report and not report["calls"] and not errors:
+        outcome, reason = "skipped", "; ".join(sorted(set(report["left_out"].values()))) or "no samples"
+    elif errors:
+        outcome, reason = "errors", f"{errors} reported"
+    elif ran.returncode is None:
+        outcome, reason = "stopped", f"did not end within {limit_s:g} s"
+        if (tool, impl) == OPTIONAL:
+            outcome = "skipped"
+    elif ran.returncode or errors is None or not report:
+        outcome, reason = "errors", f"ended with {ran.returncode} and without a summary of the samples"
+    return {
+        **{"tool": tool, "impl": impl, "outcome": outcome, "reason": reason, "errors": errors},
+        **{"returncode": ran.returncode, "seconds": ran.seconds, **report, "tail": ran.tail},
+    }
+
+
+def sanitized(tool: str, impl: str, names: Sequence[str], limit_s: float) -> dict[str, Any]:
+    """Run a tool, where it is there."""
+    found = nvidia_tools.find(TOOL)
+    if found is None:
+        reason = f"{TOOL} was found neither on PATH nor under CUDA_HOME or /usr/local/cuda"
+        empty = {"errors": None, "returncode": None, "seconds": 0.0, "tail": ""}
+        return {"tool": tool, "impl": impl, "outcome": "skipped", "reason": reason, **empty}
+    words = [found, "--tool", tool, "--error-exitcode", str(ERRORS_FOUND), "--print-limit", "20"]
+    words += [sys.executable, "-m", "benchmarks.sanitize", "--here", impl, "--op", *names]
+    words += ["--until", str(time.time() + _SHARE * limit_s)]
+    env = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": "1"}
+    return judged(tool, impl, nvidia_tools.run(words, limit_s, env), limit_s)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    summary = (__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sanitize", description=summary)
+    tools = sorted({tool for tool, _ in RUNS})
+    parser.add_argument("--tool", nargs="+", choices=tools, default=tools, metavar="NAME")
+    parser.add_argument(
+        "--op", nargs="+", choices=sorted(OPERATORS), default=sorted(OPERATORS), metavar="NAME"
+    )
+    parser.add_argument("--limit", type=float, default=LIMIT_S, help=f"seconds a tool (default: {LIMIT_S:g})")
+    parser.add_argument("--here", metavar="IMPL", help="run the samples in this process, without a tool")
+    parser.add_argument("--until", type=float, default=math.inf, help="time after which none begins there")
+    parser.add_argument("--json", type=Path, help="result file (default: in benchmarks/results)")
+    flags = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("error: compute-sanitizer needs an NVIDIA GPU, torch sees none", file=sys.stderr)
+        return 1
+    if flags.here:
+        print(f"{_REPORT}{json.dumps(here(flags.op, flags.here, 'cuda', flags.until))}", flush=True)
+        return 0
+    rows: list[dict[str, Any]] = []
+    result = {**machine.facts("benchmarks.sanitize", arguments), "device": "cuda", "rows": rows}
+    path = flags.json or machine.ROOT / "benchmarks/results/sanitizer.json"
+    for tool, impl in RUNS:
+        if tool in flags.tool:
+            rows.append(sanitized(tool, impl, flags.op, flags.limit))
+            write_json(path, result)
+    print(aligned("sanitizer", rows))
+    bad = [row for row in rows if row["outcome"] in ("errors", "stopped")]
+    for row in bad:
+        print(f"FAILED {row['tool']} of {row['impl']}: {row['reason']}\n{row['tail']}")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,98 @@
+"""What the tests on a GPU are made of, tried on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gpucases import (
+    DTYPES,
+    alike,
+    call_of,
+    changed,
+    obstacles,
+    one_elsewhere,
+    same_bits,
+    samples,
+    without_gradient,
+    workloads,
+)
+from opcases import cast
+from test_ops_special import BAD_VALUES, bad_inputs
+from torch import Tensor
+
+from cisc_ext import ops
+from cisc_ext.ops.registry import OPERATORS, Operator
+
+CPP = [pytest.param(OPERATORS[name], id=f"{name}-cpp") for name in OPERATORS]
+
+
+def skip_without_library(operator: Operator) -> None:
+    if reasons := obstacles(operator, "cpp", "cpu"):
+        pytest.skip("; ".join(reasons))
+
+
+@pytest.mark.parametrize("operator", CPP)
+def test_runs_are_alike(operator: Operator) -> None:
+    skip_without_library(operator)
+    for dtype in DTYPES:
+        inputs = cast(operator, next(operator.samples()), (dtype,) * len(operator.features))
+        call = call_of(operator, inputs, "cpp")
+        alike(call, 3, str(dtype))
+        outputs = without_gradient(operator, inputs, "cpp")
+        assert len(call()) == len(outputs) + len(operator.differentiable)
+        same_bits(outputs[1:], call()[1 : len(outputs)], "without a gradient")
+
+
+@pytest.mark.parametrize("operator", CPP)
+def test_changed_values_give_another_result(operator: Operator) -> None:
+    """Or a graph that is replayed on them would show nothing."""
+    skip_without_library(operator)
+    sample = next(operator.samples())
+    inputs = cast(operator, sample, (torch.float32,) * len(operator.features))
+    other = changed(operator, inputs)
+    for key, value in inputs.items():
+        if isinstance(value, Tensor):
+            assert (other[key].dtype, other[key].shape) == (value.dtype, value.shape)
+    before, after = (call_of(operator, one, "cpp")() for one in (inputs, other))
+    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_a_bit_that_differs_is_seen() -> None:
+    value = torch.zeros(3)
+    same_bits([value], [value.clone()], "equal")
+    same_bits([torch.full((2,), torch.nan)], [torch.full((2,), torch.nan)], "NaN")
+    for other in (torch.tensor([0.0, -0.0, 0.0]), torch.zeros(4), torch.zeros(3, dtype=torch.float64)):
+        with pytest.raises(AssertionError, match="what: tensor 0"):
+            same_bits([value], [other], "what")
+    with pytest.raises(AssertionError):
+        same_bits([value], [value, value], "what")
+    drawn = iter([torch.zeros(1), torch.zeros(1), torch.ones(1)])
+    with pytest.raises(AssertionError, match="what, run 3: tensor 0 differs"):
+        alike(lambda: [next(drawn)], 3, "what")
+
+
+def test_every_operator_is_there() -> None:
+    for made in (samples(), workloads()):
+        assert {(one.values[0].name, one.values[1]) for one in made} == {
+            (name, impl) for name in OPERATORS for impl in ("cpp", "triton")
+        }
+
+
+@pytest.mark.parametrize("operator", CPP)
+def test_a_tensor_on_another_device_is_refused(operator: Operator) -> None:
+    """Here one without data, which is on no CPU either."""
+    skip_without_library(operator)
+    inputs = cast(operator, next(operator.samples()), (torch.float32,) * len(operator.features))
+    found = list(one_elsewhere(inputs, "meta"))
+    assert [key for key, _ in found] == [key for key, value in inputs.items() if isinstance(value, Tensor)][
+        1:
+    ]
+    for _, wrong in found:
+        with pytest.raises((ValueError, NotImplementedError, RuntimeError)):
+            operator.function(**wrong, impl="cpp")
+
+
+@pytest.mark.parametrize(("name", "given"), BAD_VALUES)
+def test_bad_values_are_bad(name: str, given: dict[str, Tensor]) -> None:
+    with pytest.raises(ValueError, match=f"^{name}: (labels|guide_labels|classes) must be"):
+        getattr(ops, name)(**bad_inputs(given, "cpu"))
