@@ -1,4 +1,5 @@
-// A thread's piece of a cell of upsampled maps: at most kMost x kMost pixels between four corners. See cells.h.
+// A thread's piece of a cell of upsampled maps: at most kMost x kMost pixels between four corners. See
+// cells.h.
 #pragma once
 
 #include "cells.h"
@@ -16,8 +17,8 @@ struct Maps {
 
 template <typename T>
 Maps<T> maps_of(const Tensor& tensor) {
-  return {static_cast<const T*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1), tensor.stride(2),
-          tensor.stride(3)};
+  return {static_cast<const T*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1),
+          tensor.stride(2), tensor.stride(3)};
 }
 
 // Where the four corners of a cell lie in a plane.
@@ -27,8 +28,15 @@ struct Corners {
   template <typename T>
   __device__ __forceinline__ static Corners of(const Maps<T>& maps, const Axis& rows, const Axis& columns,
                                                int64_t row, int64_t column) {
-    const int64_t upper = row * maps.stride_y, lower = rows.next(row) * maps.stride_y;
-    const int64_t left = column * maps.stride_x, right = columns.next(column) * maps.stride_x;
+    return of_points(maps, row, rows.next(row), column, columns.next(column));
+  }
+
+  // Of the points of two rows and two columns.
+  template <typename T>
+  __device__ __forceinline__ static Corners of_points(const Maps<T>& maps, int64_t above, int64_t beneath,
+                                                      int64_t west, int64_t east) {
+    const int64_t upper = above * maps.stride_y, lower = beneath * maps.stride_y;
+    const int64_t left = west * maps.stride_x, right = east * maps.stride_x;
     return {upper + left, upper + right, lower + left, lower + right};
   }
 };
