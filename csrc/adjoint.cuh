@@ -31,14 +31,16 @@ struct Task {
 // more than the others of its warp, which would wait.
 struct Column {
   int cell, first, last;  // of pixels
-  int left, right;        // inputs
-  bool counts;            // no other warp counts its pixels
-  bool writes;            // the left input is this thread's to write
+  int64_t tile;
+  int left, right;  // inputs
+  bool counts;      // no other warp counts its pixels
+  bool writes;      // the left input is this thread's to write
 
   __device__ __forceinline__ static Column of(const Walk& walk, const Task& task) {
     const int lane = static_cast<int>(threadIdx.x) % kLanes;
     const Axis& axis = walk.columns;
     Column c{};
+    c.tile = task.tile;
     const int64_t cell = task.tile * (kLanes - walk.shared) + lane + walk.start;
     c.cell = static_cast<int>(cell);
     c.first = static_cast<int>(cell < 0 ? 0 : cell == 0 ? walk.front : axis.first(cell));
@@ -109,6 +111,19 @@ __device__ __forceinline__ void interpolate_finite(const Square& s, const Piece<
   }
 }
 
+// One bit for each label of a warp's pixels; labels that are 32 apart share one.
+template <int kPixels>
+__device__ __forceinline__ unsigned labels_of_warp(const int (&code)[kPixels][kPixels]) {
+  unsigned bits = 0;
+#pragma unroll
+  for (int i = 0; i < kPixels; ++i) {
+#pragma unroll
+    for (int j = 0; j < kPixels; ++j) bits |= code[i][j] >= 0 ? 1u << (code[i][j] & 31) : 0u;
+  }
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) bits |= __shfl_xor_sync(kAll, bits, distance);
+  return bits;
+}
+
 // What the slopes of pixels send to the corners of their cell.
 template <int kPixels>
 struct Adjoint {
@@ -122,6 +137,11 @@ struct Adjoint {
       west = fmaf(slope[j], 1.0f - piece.fx[j], west);
       east = fmaf(slope[j], piece.fx[j], east);
     }
+    add(piece, i, west, east);
+  }
+
+  // The same of its sums for the left and the right.
+  __device__ __forceinline__ void add(const Piece<kPixels>& piece, int i, float west, float east) {
     sums.a = fmaf(west, 1.0f - piece.fy[i], sums.a);
     sums.b = fmaf(east, 1.0f - piece.fy[i], sums.b);
     sums.c = fmaf(west, piece.fy[i], sums.c);
@@ -146,11 +166,12 @@ struct Carry {
 
 // A piece's place in the walk, and what is done with its sums.
 struct Passage {
-  float *upper, *lower;  // carry of plane 0
+  float *upper, *lower;  // carry of the plane at hand
   bool before;           // there is something for the upper points
   bool first, last;      // piece of its row of cells
   bool bottom;           // no row of points below
   bool last_cell;        // one point has both corners
+  bool front, second;    // the warp has cell -1; this is cell 0, behind it
   bool writes;           // the upper points
   float factor;
 
@@ -161,27 +182,38 @@ struct Passage {
     p.lower = carry.memory + (row + 1) % 2 * carry.half;
     p.bottom = row + 1 == walk.rows.n;
     p.last_cell = column.cell + 1 == walk.columns.n;
+    p.front = walk.front > 0 && column.tile == 0;
+    p.second = column.cell == 0;
     p.writes = writes && column.writes;
     p.factor = factor;
     return p;
   }
 
-  // Add the sums of a piece to those before it, and write what is complete. A whole warp.
-  __device__ __forceinline__ void pass(const Square& sums, int64_t plane, float* gradient) const {
+  // Add the sums of a piece to those before it, and write what is complete; then go on to the next plane. A
+  // whole warp.
+  __device__ __forceinline__ void pass(Square sums, float* gradient) {
+    if (front) {
+      // Cell -1 sends its share 0 of what is not finite, NaN, to its left input, which is cell 0's right one.
+      const float upper_nan = __shfl_up_sync(kAll, sums.a, 1), lower_nan = __shfl_up_sync(kAll, sums.c, 1);
+      if (second) {
+        sums.b += upper_nan;
+        sums.d += lower_nan;
+      }
+    }
     const float above_left = __shfl_up_sync(kAll, sums.b, 1), beneath_left = __shfl_up_sync(kAll, sums.d, 1);
     float above = sums.a + above_left, beneath = sums.c + beneath_left;
     if (last_cell) {
       above += sums.b;
       beneath += sums.d;
     }
-    float* const to_upper = upper + kLanes * plane;
-    float* const to_lower = lower + kLanes * plane;
-    if (before) above += *to_upper;
+    if (before) above += *upper;
     if (bottom) above += beneath;
-    if (!first) beneath += *to_lower;
-    if (!last) *to_upper = above;
-    *to_lower = beneath;
+    if (!first) beneath += *lower;
+    if (!last) *upper = above;
+    *lower = beneath;
     if (writes && last) *gradient = above * factor;
+    upper += kLanes;
+    lower += kLanes;
   }
 };
 

@@ -52,6 +52,29 @@ struct Square {
   }
 };
 
+// The corners of a cell in one plane after the other.
+template <typename T>
+struct Planes {
+  const T *a, *b, *c, *d;
+  int64_t step;
+
+  __device__ __forceinline__ static Planes of(const T* plane, int64_t step, const Corners& at) {
+    return {plane + at.upper_left, plane + at.upper_right, plane + at.lower_left, plane + at.lower_right,
+            step};
+  }
+
+  __device__ __forceinline__ Square read() const { return {a->widen(), b->widen(), c->widen(), d->widen()}; }
+
+  // Go on to the next plane, or stay at the last one: what is read ahead there is not used.
+  __device__ __forceinline__ void next(bool more) {
+    const int64_t by = more ? step : 0;
+    a += by;
+    b += by;
+    c += by;
+    d += by;
+  }
+};
+
 // low * (1 - fraction) + high * fraction, with both products: 0 * inf is NaN.
 __device__ __forceinline__ float blend(float low, float high, float fraction) {
   return fmaf(high, fraction, low * (1.0f - fraction));

@@ -126,6 +126,7 @@ __global__ void __launch_bounds__(kLanes) consistency_kernel(Maps<T> similarity,
           passage.before = before;
           passage.first = piece_y == 0 && piece_x == 0;
           passage.last = piece_y + 1 == pieces_y && piece_x + 1 == pieces_x;
+          Passage at_slot = passage;
           for (int64_t slot = 0; slot < p.maps; ++slot) {
             const int64_t target = p.classes.at(task.image, slot);
             Adjoint<n> adjoint;
@@ -146,7 +147,7 @@ __global__ void __launch_bounds__(kLanes) consistency_kernel(Maps<T> similarity,
               });
               row_loss += counts ? loss : 0.0f;
             }
-            if (kGradient) passage.pass(adjoint.sums, slot, gradient + slot * points);
+            if (kGradient) at_slot.pass(adjoint.sums, gradient + slot * points);
           }
           before = true;
           total += static_cast<double>(row_loss);

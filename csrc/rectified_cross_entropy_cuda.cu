@@ -92,6 +92,7 @@ struct Kernel {
   double divisor;
   const Search* search;  // null while leading digits are counted
   float* carry;          // [blocks, of a warp], or null where it is in shared memory
+  uint8_t* left;         // [tasks], 1 where the general kernel has to do it; null: it does all
   State* state;
   double* partial;                // [partials]
   float* grad;                    // [B,K,h,w]
@@ -136,18 +137,15 @@ __device__ __forceinline__ void weigh(const Kernel& p, int64_t image, const Piec
 #pragma unroll
     for (int j = 0; j < n; ++j) weight[i][j] = 0.0f;
   }
-  int64_t upper[n], lower[n], left[n], right[n];
+  int row[n], column[n];
   float fy[n], fx[n];
 #pragma unroll
   for (int i = 0; i < n && maps.slots > 0; ++i) {
-    const int64_t y = i < piece.rows ? piece.y + i : 0, x = i < piece.columns ? piece.x + i : 0;
-    const int64_t row = maps.rows.cell_of(y), column = maps.columns.cell_of(x);
-    upper[i] = row * maps.stride_y;
-    lower[i] = maps.rows.next(row) * maps.stride_y;
-    left[i] = column * maps.stride_x;
-    right[i] = maps.columns.next(column) * maps.stride_x;
-    fy[i] = maps.rows.fraction(y, row);
-    fx[i] = maps.columns.fraction(x, column);
+    const int y = i < piece.rows ? piece.y + i : 0, x = i < piece.columns ? piece.x + i : 0;
+    row[i] = static_cast<int>(maps.rows.cell_of(y));
+    column[i] = static_cast<int>(maps.columns.cell_of(x));
+    fy[i] = maps.rows.fraction(y, row[i]);
+    fx[i] = maps.columns.fraction(x, column[i]);
   }
   int valid = 0;
   for (int64_t slot = 0; slot < maps.slots; ++slot) {
@@ -157,12 +155,13 @@ __device__ __forceinline__ void weigh(const Kernel& p, int64_t image, const Piec
     const int64_t plane = image * maps.stride_b + slot * maps.stride_s;
 #pragma unroll
     for (int i = 0; i < n; ++i) {
+      const int64_t upper = plane + row[i] * maps.stride_y,
+                    lower = plane + maps.rows.next(row[i]) * maps.stride_y;
 #pragma unroll
       for (int j = 0; j < n; ++j) {
-        const float west =
-            cells::blend(maps.at(plane + upper[i] + left[j]), maps.at(plane + lower[i] + left[j]), fy[i]);
-        const float east =
-            cells::blend(maps.at(plane + upper[i] + right[j]), maps.at(plane + lower[i] + right[j]), fy[i]);
+        const int64_t left = column[j] * maps.stride_x, right = maps.columns.next(column[j]) * maps.stride_x;
+        const float west = cells::blend(maps.at(upper + left), maps.at(lower + left), fy[i]);
+        const float east = cells::blend(maps.at(upper + right), maps.at(lower + right), fy[i]);
         const float likeness = clamp_similarity(cells::blend(west, east, fx[j]), 0.0f, 1.0f);
         weight[i][j] +=
             p.classes.data == nullptr ? likeness : consistency_gap(code[i][j] == target, likeness, 1.0f);
@@ -189,9 +188,11 @@ template <typename T>
 __device__ __forceinline__ float largest_corner(const T* image, int64_t planes, int64_t stride_k,
                                                 const Corners& at) {
   float most = -3e38f;
+  auto corners = cells::Planes<T>::of(image, stride_k, at);
 #pragma unroll 4
-  for (int64_t k = 0; k < planes; ++k) {
-    const Square s = Square::read(image + k * stride_k, at);
+  for (int k = 0; k < static_cast<int>(planes); ++k) {
+    const Square s = corners.read();
+    corners.next(true);
     most = fmaxf(most, fmaxf(fmaxf(s.a, s.b), fmaxf(s.c, s.d)));
   }
   return most * kLog2E;
@@ -208,10 +209,14 @@ __device__ __forceinline__ void bounded_sums(const T* image, int64_t planes, int
 #pragma unroll
     for (int j = 0; j < n; ++j) sums[i][j] = 0.0f;
   }
-  Square next = Square::read(image, at);
-  for (int64_t k = 0; k < planes; ++k) {
+  auto corners = cells::Planes<T>::of(image, stride_k, at);
+  Square next = corners.read();
+  const int count = static_cast<int>(planes);
+#pragma unroll 1
+  for (int k = 0; k < count; ++k) {
     const Square s = scaled(next, most);
-    if (k + 1 < planes) next = Square::read(image + (k + 1) * stride_k, at);
+    corners.next(k + 1 < count);
+    next = corners.read();
     cells::interpolate_finite(s, piece,
                               [&](int i, int j, float exponent) { sums[i][j] += fast_exp2(exponent); });
   }
@@ -322,39 +327,65 @@ __device__ __forceinline__ float pixel_losses(const Kernel& p, int64_t image_num
   return total;
 }
 
-// The gradient of a piece, for all classes. weight: [n,n]; share: weight / sum; both 0 where there is no
-// label.
+// The gradient of a piece, for all classes. share: weight / sum, 0 where there is no label.
+//
+// Of most classes no pixel of a warp has the label: they take the short way.
 template <bool kExact, int n, typename T>
 __device__ __forceinline__ void send_slopes(const Kernel& p, const T* image, int64_t stride_k,
                                             const Corners& at, const Piece<n>& piece, float bound,
                                             const float (&most)[n][n], const float (&share)[n][n],
                                             const int (&code)[n][n], const float (&weight)[n][n],
-                                            const Passage& passage, float* gradient) {
+                                            Passage passage, float* gradient) {
   const int64_t points = p.walk.rows.n * p.walk.columns.n;
-  const int planes = static_cast<int>(p.planes);
-  Square next = Square::read(image, at);
-  for (int k = 0; k < planes; ++k) {
-    const Square s = kExact ? next : scaled(next, bound);
-    if (k + 1 < planes) next = Square::read(image + (k + 1) * stride_k, at);
-    Adjoint<n> adjoint;
-    float slope[n];
-    const auto pixel = [&](int i, int j, float value) {
-      float term;
-      if (kExact) {
-        // What is not finite in a pixel that does not count must not become NaN by the factor 0.
-        term = code[i][j] < 0 ? 0.0f : fast_exp2((value - most[i][j]) * kLog2E);
-      } else {
-        term = fast_exp2(value);
-      }
-      slope[j] = fmaf(term, share[i][j], code[i][j] == k ? -weight[i][j] : 0.0f);
-      if (j == n - 1) adjoint.add(piece, i, slope);
-    };
-    if (kExact) {
-      cells::interpolate(s, piece, pixel);
-    } else {
-      cells::interpolate_finite(s, piece, pixel);
+  const int count = static_cast<int>(p.planes);
+  const unsigned labels = cells::labels_of_warp(code);
+  float to_west[n][n], to_east[n][n];
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+#pragma unroll
+    for (int j = 0; j < n; ++j) {
+      to_west[i][j] = share[i][j] * (1.0f - piece.fx[j]);
+      to_east[i][j] = share[i][j] * piece.fx[j];
     }
-    passage.pass(adjoint.sums, k, gradient + k * points);
+  }
+  auto corners = cells::Planes<T>::of(image, stride_k, at);
+  Square next = corners.read();
+  for (int k = 0; k < count; ++k) {
+    const Square s = kExact ? next : scaled(next, bound);
+    corners.next(k + 1 < count);
+    next = corners.read();
+    Adjoint<n> adjoint;
+    if (kExact || (labels >> (k & 31) & 1) != 0) {
+      float slope[n];
+      const auto pixel = [&](int i, int j, float value) {
+        float term, part;
+        if (kExact) {
+          // What is not finite in a pixel that does not count must not become NaN by the factor 0.
+          term = code[i][j] < 0 ? 0.0f : fast_exp2((value - most[i][j]) * kLog2E);
+          part = share[i][j];
+        } else {
+          term = fast_exp2(value);
+          part = to_west[i][j] + to_east[i][j];
+        }
+        slope[j] = fmaf(term, part, code[i][j] == k ? -weight[i][j] : 0.0f);
+        if (j == n - 1) adjoint.add(piece, i, slope);
+      };
+      if (kExact) {
+        cells::interpolate(s, piece, pixel);
+      } else {
+        cells::interpolate_finite(s, piece, pixel);
+      }
+    } else {
+      float west = 0.0f, east = 0.0f;
+      cells::interpolate_finite(s, piece, [&](int i, int j, float value) {
+        const float term = fast_exp2(value);
+        west = j == 0 ? term * to_west[i][j] : fmaf(term, to_west[i][j], west);
+        east = j == 0 ? term * to_east[i][j] : fmaf(term, to_east[i][j], east);
+        if (j == n - 1) adjoint.add(piece, i, west, east);
+      });
+    }
+    passage.pass(adjoint.sums, gradient);
+    gradient += points;
   }
 }
 
@@ -412,45 +443,57 @@ __device__ __forceinline__ void count_digits(const Kernel& p, const T* image, in
   });
 }
 
-// A piece in full.
-template <Mode kMode, int n, typename T>
-__device__ __forceinline__ float piece_loss(const Kernel& p, int64_t image_number, const T* image,
-                                            int64_t stride_k, const Corners& at, const Piece<n>& piece,
-                                            int (&code)[n][n], const Passage& passage, float* gradient) {
-  const float bound = largest_corner(image, p.planes, stride_k, at);
-  float sums[n][n], weight[n][n];
-  bounded_sums(image, p.planes, stride_k, at, piece, bound, sums);
-  weigh(p, image_number, piece, code, weight);
-  if (p.given != nullptr) {
-    const float* from = p.given + image_number * p.given_b + piece.y * p.given_y + piece.x * p.given_x;
-#pragma unroll
-    for (int i = 0; i < n; ++i) {
-#pragma unroll
-      for (int j = 0; j < n; ++j) {
-        if (code[i][j] >= 0) weight[i][j] *= from[i * p.given_y + j * p.given_x];
-      }
-    }
-  }
-  bool fine = p.planes > 1;  // with one class the loss is exactly 0
+// What a pixel's loss is multiplied by.
+template <int n>
+__device__ __forceinline__ void weigh_pixels(const Kernel& p, int64_t image, const Piece<n>& piece,
+                                             const int (&code)[n][n],
+                                             // outputs
+                                             float (&weight)[n][n]) {
+  weigh(p, image, piece, code, weight);
+  if (p.given == nullptr) return;
+  const float* from = p.given + image * p.given_b + piece.y * p.given_y + piece.x * p.given_x;
 #pragma unroll
   for (int i = 0; i < n; ++i) {
 #pragma unroll
     for (int j = 0; j < n; ++j) {
-      fine = fine && sums[i][j] < kLargest && (code[i][j] < 0 || sums[i][j] > kLeast);
+      if (code[i][j] >= 0) weight[i][j] *= from[i * p.given_y + j * p.given_x];
     }
   }
-  if (__all_sync(kAll, fine)) {
-    return finish_piece<kMode, false>(p, image_number, image, stride_k, at, piece, bound, sums, sums, code,
-                                      weight, passage, gradient);
-  }
-  float most[n][n];
-  exact_sums(image, p.planes, stride_k, at, piece, most, sums);
-  return finish_piece<kMode, true>(p, image_number, image, stride_k, at, piece, bound, most, sums, code,
-                                   weight, passage, gradient);
 }
 
-template <typename T, int n, Mode kMode>
-__global__ void __launch_bounds__(kLanes) cross_entropy_kernel(Maps<T> logits, Kernel p) {
+// A piece in full. Without kGeneral, *fine becomes false where that would be needed.
+template <Mode kMode, bool kGeneral, int n, typename T>
+__device__ __forceinline__ float piece_loss(const Kernel& p, int64_t image_number, const T* image,
+                                            int64_t stride_k, const Corners& at, const Piece<n>& piece,
+                                            const int (&code)[n][n], const Passage& passage, float* gradient,
+                                            bool* fine) {
+  const float bound = largest_corner(image, p.planes, stride_k, at);
+  float sums[n][n], weight[n][n];
+  bounded_sums(image, p.planes, stride_k, at, piece, bound, sums);
+  bool here = p.planes > 1;  // with one class the loss is exactly 0
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+#pragma unroll
+    for (int j = 0; j < n; ++j) {
+      here = here && sums[i][j] < kLargest && (code[i][j] < 0 || sums[i][j] > kLeast);
+    }
+  }
+  *fine = *fine && here;
+  weigh_pixels(p, image_number, piece, code, weight);
+  if (kGeneral && !__all_sync(kAll, here)) {
+    float most[n][n];
+    exact_sums(image, p.planes, stride_k, at, piece, most, sums);
+    return finish_piece<kMode, true>(p, image_number, image, stride_k, at, piece, bound, most, sums, code,
+                                     weight, passage, gradient);
+  }
+  return finish_piece<kMode, false>(p, image_number, image, stride_k, at, piece, bound, sums, sums, code,
+                                    weight, passage, gradient);
+}
+
+// kGeneral: with OHEM, with the maximum of a pixel where it is needed, and of tasks that another launch left
+// at that. The kernel without needs fewer registers and leaves such tasks.
+template <typename T, int n, Mode kMode, bool kGeneral>
+__global__ void __launch_bounds__(kLanes, kWarps) cross_entropy_kernel(Maps<T> logits, Kernel p) {
   CISC_DYNAMIC_SHARED(memory);
   const Walk& walk = p.walk;
   const int64_t floats = kLanes * p.planes * (walk.whole ? 1 : 2);
@@ -465,6 +508,7 @@ __global__ void __launch_bounds__(kLanes) cross_entropy_kernel(Maps<T> logits, K
   int64_t kept = 0;
   bool wrong = false;
   for (int64_t number = blockIdx.x; number < walk.tasks(); number += gridDim.x) {
+    if (kGeneral && p.left != nullptr && p.left[number] == 0) continue;
     const cells::Task task = cells::Task::of(walk, number);
     const T* const image = logits.data + task.image * logits.stride_b;
     const Column column = Column::of(walk, task);
@@ -473,7 +517,7 @@ __global__ void __launch_bounds__(kLanes) cross_entropy_kernel(Maps<T> logits, K
       wrong = p.classes.wrong(task.image, p.planes) || wrong;
     }
     double total = 0.0;
-    bool before = false;
+    bool before = false, fine = true;
     for (int64_t at = task.begin > 0 ? task.begin - walk.shared : 0; at < task.end; ++at) {
       const int top = static_cast<int>(walk.rows.first(at)),
                 bottom = static_cast<int>(walk.rows.first(at + 1));
@@ -492,7 +536,7 @@ __global__ void __launch_bounds__(kLanes) cross_entropy_kernel(Maps<T> logits, K
           if constexpr (kMode == Mode::histogram) {
             if (counts) count_digits(p, image, logits.stride_k, corners, piece, code, histogram, &run);
           } else {
-            if (p.limit != nullptr) {
+            if (kGeneral && p.limit != nullptr) {
               drop_easy(image, p.planes, logits.stride_k, corners, piece, *p.limit, code);
 #pragma unroll
               for (int i = 0; i < n; ++i) {
@@ -503,8 +547,8 @@ __global__ void __launch_bounds__(kLanes) cross_entropy_kernel(Maps<T> logits, K
             passage.before = before;
             passage.first = piece_y == 0 && piece_x == 0;
             passage.last = piece_y + 1 == pieces_y && piece_x + 1 == pieces_x;
-            const float loss = piece_loss<kMode>(p, task.image, image, logits.stride_k, corners, piece, code,
-                                                 passage, gradient);
+            const float loss = piece_loss<kMode, kGeneral>(p, task.image, image, logits.stride_k, corners,
+                                                           piece, code, passage, gradient, &fine);
             total += counts ? static_cast<double>(loss) : 0.0;
             before = true;
           }
@@ -516,10 +560,14 @@ __global__ void __launch_bounds__(kLanes) cross_entropy_kernel(Maps<T> logits, K
         total = 0.0;
       }
     }
+    if (kMode != Mode::histogram && !kGeneral) {
+      const bool all = __all_sync(kAll, fine);
+      if (threadIdx.x == 0) p.left[number] = all ? 0 : 1;
+    }
   }
   if (kMode == Mode::histogram) run.add(-1, histogram);
   if (wrong) p.state->wrong = 1;  // whoever writes, the same
-  if (kMode != Mode::histogram && p.limit != nullptr) {
+  if (kMode != Mode::histogram && kGeneral && p.limit != nullptr) {
     kept = warp_sum(kept);
     if (threadIdx.x == 0 && kept > 0) atomicAdd(&p.state->kept, static_cast<unsigned long long>(kept));
   }
@@ -658,10 +706,25 @@ class Solver {
         device_empty(logits_, {kMode == Mode::histogram ? 0 : kernel.walk.partials()}, ScalarType::Double);
     kernel.carry = plan.workspace > 0 ? data_of<float>(carry) : nullptr;
     kernel.partial = data_of<double>(partial);
+    // Of what the general kernel is for, there is mostly nothing.
+    const bool general = kernel.limit != nullptr || kernel.planes == 1 || kMode == Mode::histogram;
+    Tensor left = device_empty(logits_, {general ? 0 : kernel.walk.tasks()}, ScalarType::Byte);
+    kernel.left = general ? nullptr : data_of<uint8_t>(left);
+    const int64_t blocks = general ? plan.blocks : std::min(plan.blocks, gpu_.multiprocessors() * kWarps);
     with_float(float_kind(logits_.scalar_type()), [&](auto type) {
       using T = decltype(type);
-      const auto run = small ? cross_entropy_kernel<T, kSmall, kMode> : cross_entropy_kernel<T, kMost, kMode>;
-      gpu_.launch(run, plan.blocks, kLanes, plan.shared, cells::maps_of<T>(logits_), kernel);
+      const auto launch = [&](auto first, auto second) {
+        if (!general)
+          gpu_.launch(first, plan.blocks, kLanes, plan.shared, cells::maps_of<T>(logits_), kernel);
+        gpu_.launch(second, blocks, kLanes, plan.shared, cells::maps_of<T>(logits_), kernel);
+      };
+      if (small) {
+        launch(cross_entropy_kernel<T, kSmall, kMode, kMode == Mode::histogram>,
+               cross_entropy_kernel<T, kSmall, kMode, true>);
+      } else {
+        launch(cross_entropy_kernel<T, kMost, kMode, kMode == Mode::histogram>,
+               cross_entropy_kernel<T, kMost, kMode, true>);
+      }
     });
     return partial;
   }
