@@ -2,6 +2,8 @@
 // upsampling.
 #pragma once
 
+#include <type_traits>
+
 #include "cells.cuh"
 #include "walk.h"
 
@@ -108,6 +110,40 @@ __device__ __forceinline__ void interpolate_finite(const Square& s, const Piece<
     const float west = fmaf(left, piece.fy[i], s.a), across = fmaf(right, piece.fy[i], s.b) - west;
 #pragma unroll
     for (int j = 0; j < kPixels; ++j) f(i, j, fmaf(across, piece.fx[j], west));
+  }
+}
+
+template <int kPixels, typename L, typename Function>
+__device__ __forceinline__ void typed_labels(const L* row, const Labels& labels, const Piece<kPixels>& piece,
+                                             int64_t ignore_index, const Function& f) {
+  const L ignored = static_cast<L>(ignore_index);
+  const bool any = static_cast<int64_t>(ignored) == ignore_index;
+#pragma unroll
+  for (int i = 0; i < kPixels; ++i) {
+#pragma unroll
+    for (int j = 0; j < kPixels; ++j) {
+      const bool inside = piece.has(i, j);
+      const L label = inside ? row[j * labels.stride_x] : L{0};
+      // As the narrowest unsigned number, in which no negative label is small.
+      using Word = std::conditional_t<sizeof(L) == 8, uint64_t, uint32_t>;
+      f(i, j, inside && !(any && label == ignored), static_cast<Word>(label));
+    }
+    row += labels.stride_y;
+  }
+}
+
+// f(i, j, counts, label) for the pixels of a piece; one counts unless it is outside or ignored.
+template <int kPixels, typename Function>
+__device__ __forceinline__ void for_labels(const Labels& labels, int64_t image, const Piece<kPixels>& piece,
+                                           int64_t ignore_index, const Function& f) {
+  const int64_t corner = image * labels.stride_b + piece.y * labels.stride_y + piece.x * labels.stride_x;
+  switch (labels.kind) {
+    case Integer::u8:
+      return typed_labels(static_cast<const uint8_t*>(labels.data) + corner, labels, piece, ignore_index, f);
+    case Integer::i32:
+      return typed_labels(static_cast<const int32_t*>(labels.data) + corner, labels, piece, ignore_index, f);
+    default:
+      return typed_labels(static_cast<const int64_t*>(labels.data) + corner, labels, piece, ignore_index, f);
   }
 }
 

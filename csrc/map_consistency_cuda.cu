@@ -17,6 +17,7 @@ namespace cisc {
 
 // What pixel_loss.h asks for beside what device.cuh has.
 __device__ __forceinline__ float log(float a) { return logf(a); }
+__device__ __forceinline__ float quotient(float a, float b) { return fast_quotient(a, b); }
 
 }  // namespace cisc
 
@@ -43,9 +44,9 @@ using cells::Square;
 using cells::State;
 using cells::Walk;
 
-constexpr int64_t kWarps = 16;          // that keep a multiprocessor busy
-constexpr int kSmall = 2;               // pixels of a piece along an axis where cells have no more
-constexpr int kLargeLabel = INT32_MAX;  // stands for all labels from here on, and for those below 0
+constexpr int64_t kWarps = 12;  // that keep a multiprocessor busy
+constexpr int kSmall = 2;       // pixels of a piece along an axis where cells have no more
+constexpr int kFound = INT32_MAX, kOther = kFound - 1;  // of labels from kOther on, and of those below 0
 
 struct Kernel {
   Walk walk;
@@ -61,24 +62,38 @@ struct Kernel {
 
 // The label of each pixel of a piece; -1 where there is none or it is ignored.
 template <int n>
-__device__ __forceinline__ void read_codes(const Kernel& p, int64_t corner, const Piece<n>& piece,
+__device__ __forceinline__ void read_codes(const Kernel& p, int64_t image, const Piece<n>& piece,
                                            // outputs
                                            int (&code)[n][n]) {
+  cells::for_labels(p.labels, image, piece, p.ignore_index, [&](int i, int j, bool counts, auto label) {
+    const int known = label < static_cast<decltype(label)>(kOther) ? static_cast<int>(label) : kOther;
+    code[i][j] = counts ? known : -1;
+  });
+}
+
+// Of the labels from kOther on, those of a class become kFound; with `back` they become kOther again.
+template <int n>
+__device__ __forceinline__ void find_large(const Kernel& p, int64_t image, const Piece<n>& piece,
+                                           int64_t target, bool back,
+                                           // outputs
+                                           int (&code)[n][n]) {
+  unsigned found = 0;
+#pragma unroll 1
+  for (int pixel = 0; pixel < n * n && !back; ++pixel) {
+    const int i = pixel / n, j = pixel % n;
+    if (piece.has(i, j) && p.labels.at(image, piece.y + i, piece.x + j) == target) found |= 1u << pixel;
+  }
 #pragma unroll
   for (int i = 0; i < n; ++i) {
 #pragma unroll
     for (int j = 0; j < n; ++j) {
-      code[i][j] = -1;
-      if (!piece.has(i, j)) continue;
-      const int64_t label = p.labels.at(corner + i * p.labels.stride_y + j * p.labels.stride_x);
-      if (label == p.ignore_index) continue;
-      code[i][j] = label >= 0 && label < kLargeLabel ? static_cast<int>(label) : kLargeLabel;
+      if (code[i][j] >= kOther) code[i][j] = (found >> (i * n + j) & 1) != 0 ? kFound : kOther;
     }
   }
 }
 
 template <typename T, int n, bool kGradient>
-__global__ void __launch_bounds__(kLanes) consistency_kernel(Maps<T> similarity, Kernel p) {
+__global__ void __launch_bounds__(kLanes, kWarps) consistency_kernel(Maps<T> similarity, Kernel p) {
   CISC_DYNAMIC_SHARED(memory);
   const Walk& walk = p.walk;
   const int64_t floats = kLanes * p.maps * (walk.whole ? 1 : 2), points = walk.rows.n * walk.columns.n;
@@ -112,10 +127,8 @@ __global__ void __launch_bounds__(kLanes) consistency_kernel(Maps<T> similarity,
         for (int piece_x = 0; piece_x < pieces_x; ++piece_x) {
           const Piece<n> piece =
               Piece<n>::of(walk, column, at, top + piece_y * n, bottom, column.first + piece_x * n);
-          const int64_t corner =
-              task.image * p.labels.stride_b + piece.y * p.labels.stride_y + piece.x * p.labels.stride_x;
           int code[n][n];
-          read_codes(p, corner, piece, code);
+          read_codes(p, task.image, piece, code);
           int here = 0;
 #pragma unroll
           for (int i = 0; i < n; ++i) {
@@ -131,20 +144,20 @@ __global__ void __launch_bounds__(kLanes) consistency_kernel(Maps<T> similarity,
             const int64_t target = p.classes.at(task.image, slot);
             Adjoint<n> adjoint;
             if (target >= 0) {
-              const bool large = target >= kLargeLabel;
+              const bool large = target >= kOther;
+              if (large) find_large(p, task.image, piece, target, false, code);
+              const int wanted = large ? kFound : static_cast<int>(target);
               const Square s = Square::read(image + slot * similarity.stride_k, corners);
               float loss = 0.0f, slope[n];
               cells::interpolate(s, piece, [&](int i, int j, float value) {
-                bool is_class = code[i][j] == target;
-                if (large && code[i][j] == kLargeLabel) {
-                  is_class = p.labels.at(corner + i * p.labels.stride_y + j * p.labels.stride_x) == target;
-                }
+                const bool is_class = code[i][j] == wanted;
                 const bool kept = code[i][j] >= 0;
                 const float one = binary_cross_entropy(is_class, value, 0.0f, 1.0f, &slope[j]);
                 loss += kept ? one : 0.0f;
                 slope[j] = kept ? slope[j] : 0.0f;
                 if (kGradient && j == n - 1) adjoint.add(piece, i, slope);
               });
+              if (large) find_large(p, task.image, piece, target, true, code);
               row_loss += counts ? loss : 0.0f;
             }
             if (kGradient) at_slot.pass(adjoint.sums, gradient + slot * points);

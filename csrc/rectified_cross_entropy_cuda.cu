@@ -105,23 +105,11 @@ template <int n>
 __device__ __forceinline__ void read_codes(const Kernel& p, int64_t image, const Piece<n>& piece, bool* wrong,
                                            // outputs
                                            int (&code)[n][n]) {
-  const int64_t corner =
-      image * p.labels.stride_b + piece.y * p.labels.stride_y + piece.x * p.labels.stride_x;
-#pragma unroll
-  for (int i = 0; i < n; ++i) {
-#pragma unroll
-    for (int j = 0; j < n; ++j) {
-      code[i][j] = -1;
-      if (!piece.has(i, j)) continue;
-      const int64_t label = p.labels.at(corner + i * p.labels.stride_y + j * p.labels.stride_x);
-      if (label == p.ignore_index) continue;
-      if (label >= 0 && label < p.planes) {
-        code[i][j] = static_cast<int>(label);
-      } else {
-        *wrong = true;
-      }
-    }
-  }
+  cells::for_labels(p.labels, image, piece, p.ignore_index, [&](int i, int j, bool counts, auto label) {
+    const bool known = label < static_cast<decltype(label)>(p.planes);
+    code[i][j] = counts && known ? static_cast<int>(label) : -1;
+    *wrong = *wrong || (counts && !known);
+  });
 }
 
 // weight = 1 - mean over the valid classes of |1[label = class] - similarity|, or the similarity to the own
@@ -402,7 +390,8 @@ __device__ __forceinline__ float finish_piece(const Kernel& p, int64_t image_num
 #pragma unroll
     for (int i = 0; i < n; ++i) {
 #pragma unroll
-      for (int j = 0; j < n; ++j) sums[i][j] = code[i][j] < 0 ? 0.0f : __fdiv_rn(weight[i][j], sums[i][j]);
+      for (int j = 0; j < n; ++j)
+        sums[i][j] = code[i][j] < 0 ? 0.0f : fast_quotient(weight[i][j], sums[i][j]);
     }
     send_slopes<kExact>(p, image, stride_k, at, piece, bound, most, sums, code, weight, passage, gradient);
   }
