@@ -208,6 +208,7 @@ struct Passage {
   bool bottom;           // no row of points below
   bool last_cell;        // one point has both corners
   bool front, second;    // the warp has cell -1; this is cell 0, behind it
+  bool edge;             // any of this in the warp
   bool writes;           // the upper points
   float factor;
 
@@ -220,6 +221,7 @@ struct Passage {
     p.last_cell = column.cell + 1 == walk.columns.n;
     p.front = walk.front > 0 && column.tile == 0;
     p.second = column.cell == 0;
+    p.edge = __any_sync(kAll, p.front || p.last_cell || p.bottom);
     p.writes = writes && column.writes;
     p.factor = factor;
     return p;
@@ -228,22 +230,29 @@ struct Passage {
   // Add the sums of a piece to those before it, and write what is complete; then go on to the next plane. A
   // whole warp.
   __device__ __forceinline__ void pass(Square sums, float* gradient) {
-    if (front) {
-      // Cell -1 sends its share 0 of what is not finite, NaN, to its left input, which is cell 0's right one.
-      const float upper_nan = __shfl_up_sync(kAll, sums.a, 1), lower_nan = __shfl_up_sync(kAll, sums.c, 1);
-      if (second) {
-        sums.b += upper_nan;
-        sums.d += lower_nan;
+    float above, beneath;
+    if (edge) {
+      if (front) {
+        // Cell -1 sends its share 0 of what is not finite, NaN, to its left input, which is cell 0's right
+        // one.
+        const float upper_nan = __shfl_up_sync(kAll, sums.a, 1), lower_nan = __shfl_up_sync(kAll, sums.c, 1);
+        if (second) {
+          sums.b += upper_nan;
+          sums.d += lower_nan;
+        }
       }
-    }
-    const float above_left = __shfl_up_sync(kAll, sums.b, 1), beneath_left = __shfl_up_sync(kAll, sums.d, 1);
-    float above = sums.a + above_left, beneath = sums.c + beneath_left;
-    if (last_cell) {
-      above += sums.b;
-      beneath += sums.d;
+      above = sums.a + __shfl_up_sync(kAll, sums.b, 1);
+      beneath = sums.c + __shfl_up_sync(kAll, sums.d, 1);
+      if (last_cell) {
+        above += sums.b;
+        beneath += sums.d;
+      }
+      if (bottom) above += beneath;
+    } else {
+      above = sums.a + __shfl_up_sync(kAll, sums.b, 1);
+      beneath = sums.c + __shfl_up_sync(kAll, sums.d, 1);
     }
     if (before) above += *upper;
-    if (bottom) above += beneath;
     if (!first) beneath += *lower;
     if (!last) *upper = above;
     *lower = beneath;

@@ -1,10 +1,11 @@
 // rectified_cross_entropy on a GPU: a thread has a cell of low-resolution logits and goes through the classes
 // for their largest corner, for the sums of the exponentials, and for the gradient.
 //
-// Work: for a pixel and class, of 4 x 4 in a cell, the largest corner takes an instruction, the sum 4 and an
-// exponential, the gradient 10 and another one: at B = 16, K = 19, 721 x 721 that is 2.6 G, with what
-// neighbouring warps go through both 2.9 G, of 132 x 128 a clock at 1.75 GHz, 98 us, beside 95 us of
-// exponentials, of which a multiprocessor takes 16 a clock. The bytes are 20 us.
+// Work: for a pixel and class, of 4 x 4 in a cell, the largest corner takes an instruction, the sum 5 and an
+// exponential, the gradient 10 and another one, and a pixel some 60 for its label, logarithm and weight: at B
+// = 16, K = 19, 721 x 721 that is 3.4 G, with what neighbouring warps go through both 3.8 G, of 132 x 128 a
+// clock at 1.75 GHz, 128 us, beside 95 us of exponentials, of which a multiprocessor takes 16 a clock. The
+// bytes are 20 us.
 //
 // The exponentials are taken relative to the largest corner of a cell, which bounds all its pixels. Where a
 // pixel lies so far below that its sum gets tiny, the maximum of each pixel is found first.
