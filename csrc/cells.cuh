@@ -28,8 +28,15 @@ struct Corners {
   template <typename T>
   __device__ __forceinline__ static Corners of(const Maps<T>& maps, const Axis& rows, const Axis& columns,
                                                int64_t row, int64_t column) {
-    const int64_t upper = row * maps.stride_y, lower = rows.next(row) * maps.stride_y;
-    const int64_t left = column * maps.stride_x, right = columns.next(column) * maps.stride_x;
+    return of_points(maps, row, rows.next(row), column, columns.next(column));
+  }
+
+  // Of the points of two rows and two columns.
+  template <typename T>
+  __device__ __forceinline__ static Corners of_points(const Maps<T>& maps, int64_t above, int64_t beneath,
+                                                      int64_t west, int64_t east) {
+    const int64_t upper = above * maps.stride_y, lower = beneath * maps.stride_y;
+    const int64_t left = west * maps.stride_x, right = east * maps.stride_x;
     return {upper + left, upper + right, lower + left, lower + right};
   }
 };
@@ -42,6 +49,29 @@ struct Square {
   __device__ __forceinline__ static Square read(const T* plane, const Corners& at) {
     return {plane[at.upper_left].widen(), plane[at.upper_right].widen(), plane[at.lower_left].widen(),
             plane[at.lower_right].widen()};
+  }
+};
+
+// The corners of a cell in one plane after the other.
+template <typename T>
+struct Planes {
+  const T *a, *b, *c, *d;
+  int64_t step;
+
+  __device__ __forceinline__ static Planes of(const T* plane, int64_t step, const Corners& at) {
+    return {plane + at.upper_left, plane + at.upper_right, plane + at.lower_left, plane + at.lower_right,
+            step};
+  }
+
+  __device__ __forceinline__ Square read() const { return {a->widen(), b->widen(), c->widen(), d->widen()}; }
+
+  // Go on to the next plane, or stay at the last one: what is read ahead there is not used.
+  __device__ __forceinline__ void next(bool more) {
+    const int64_t by = more ? step : 0;
+    a += by;
+    b += by;
+    c += by;
+    d += by;
   }
 };
 

@@ -118,9 +118,22 @@ __device__ __forceinline__ void write_pack(T* to, const Pack<T, n>& pack) {
 __device__ __forceinline__ float select(bool condition, float a, float b) { return condition ? a : b; }
 __device__ __forceinline__ bool less(float a, float b) { return a < b; }
 __device__ __forceinline__ bool at_most(float a, float b) { return a <= b; }
-// b where either is NaN
+// NaN where b is NaN
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+__device__ __forceinline__ float min(float a, float b) {
+  float result;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+__device__ __forceinline__ float max(float a, float b) {
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+#else
 __device__ __forceinline__ float min(float a, float b) { return a < b ? a : b; }
 __device__ __forceinline__ float max(float a, float b) { return a > b ? a : b; }
+#endif
 
 // 2^a and log2(a), to 2 units in the last place or so; what lies below the normal range is 0 to both.
 __device__ __forceinline__ float fast_exp2(float a) {
@@ -130,6 +143,15 @@ __device__ __forceinline__ float fast_exp2(float a) {
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(a));
   return result;
+#endif
+}
+
+// a / b to 2 units in the last place, for b up to 2^126.
+__device__ __forceinline__ float fast_quotient(float a, float b) {
+#ifdef CISC_SIMT
+  return a / b;
+#else
+  return __fdividef(a, b);
 #endif
 }
 

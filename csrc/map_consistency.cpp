@@ -1,12 +1,11 @@
 // map_consistency: binary cross-entropy of upsampled maps against labels, without maps at label resolution.
 
-#include "map_consistency.h"
-
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
 
 #include "isa.h"
+#include "map_consistency_arguments.h"
 #include "map_consistency_kernel.h"
 #include "tensors.h"
 
@@ -16,8 +15,6 @@ const Kernels kPortable{&loss, &gradient};
 
 namespace {
 
-constexpr const char* kName = "map_consistency";
-
 // similarity: [B,S,h,w] float32, bfloat16 or float16, any strides
 // labels: [B,H,W] uint8, int32 or int64, any strides
 // classes: [B,S] int32 or int64, -1 = none
@@ -26,15 +23,8 @@ constexpr const char* kName = "map_consistency";
 // grad: [B,S,h,w] float32 of it, or [0]
 std::tuple<Tensor, Tensor> forward(const Tensor& similarity, const Tensor& labels, const Tensor& classes,
                                    int64_t ignore_index, bool need_grad) {
-  check_rank(kName, "similarity", similarity, 4, "[B,S,h,w]");
-  check_features(kName, "similarity", similarity.scalar_type());
-  check_cpu(kName, "similarity", similarity);
-  check_labels(kName, labels);
-  check_classes(kName, classes);
-  const int64_t batch = similarity.size(0), maps = similarity.size(1);
-  check_size(kName, "labels", labels, 0, batch, "[B,H,W]");
-  check_size(kName, "classes", classes, 0, batch, "[B,S]");
-  check_size(kName, "classes", classes, 1, maps, "[B,S]");
+  check_arguments(similarity, labels, classes, Place::cpu);
+  const int64_t batch = similarity.size(0);
 
   std::vector<Slots> slots;
   std::vector<Slots::View> views;
@@ -81,11 +71,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& similarity, const Tensor& label
 }  // namespace
 }  // namespace cisc::map_consistency
 
-STABLE_TORCH_LIBRARY_FRAGMENT(cisc_ext, m) {
-  m.def(
-      "map_consistency(Tensor similarity, Tensor labels, Tensor classes, int ignore_index, bool need_grad) "
-      "-> (Tensor loss, Tensor grad)");
-}
+STABLE_TORCH_LIBRARY_FRAGMENT(cisc_ext, m) { m.def(cisc::map_consistency::kSchema); }
 
 STABLE_TORCH_LIBRARY_IMPL(cisc_ext, CPU, m) {
   m.impl("map_consistency", TORCH_BOX(&cisc::map_consistency::forward));

@@ -1,8 +1,8 @@
 // Losses of one pixel, forward and backward. Shared by host and device code; needs no torch header.
 //
 // Written for any arithmetic type T that has +, -, *, / and, declared before this file is included,
-// select(mask, a, b), less(a, b), at_most(a, b), min, max and log: a float of the device, or a vector of the
-// host (simd.h).
+// select(mask, a, b), less(a, b), at_most(a, b), min, max, log and quotient(a, b): a float of the device, or
+// a vector of the host (simd.h).
 #pragma once
 
 #include "bilinear.h"
@@ -30,7 +30,7 @@ CISC_HD T binary_cross_entropy(Mask is_class, T similarity, T zero, T one, T* de
   const T probability = select(is_class, p, one - p);
   const T log_probability = log(probability);
   const auto flat = at_most(p, zero) | at_most(one, p) | less(log_probability, floor);
-  *derivative = select(flat, zero, select(is_class, zero - one, one) / probability);
+  *derivative = select(flat, zero, quotient(select(is_class, zero - one, one), probability));
   return zero - max(floor, log_probability);
 }
 

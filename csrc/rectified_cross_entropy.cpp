@@ -1,8 +1,6 @@
 // rectified_cross_entropy: cross-entropy of upsampled logits, each pixel weighted by the agreement of its map
 // and its label. The upsampled logits never exist.
 
-#include "rectified_cross_entropy.h"
-
 #include <torch/csrc/stable/library.h>
 
 #include <cstring>
@@ -12,6 +10,7 @@
 #include <tuple>
 
 #include "isa.h"
+#include "rectified_cross_entropy_arguments.h"
 #include "rectified_cross_entropy_kernel.h"
 #include "tensors.h"
 
@@ -21,36 +20,11 @@ const Kernels kPortable{&loss, &gradient, &count};
 
 namespace {
 
-constexpr const char* kForward = "rectified_cross_entropy";
-constexpr const char* kBackward = "rectified_cross_entropy_backward";
-
-using MaybeTensor = std::optional<Tensor>;
-
 void check_arguments(const char* op, const Tensor& logits, const Tensor& labels,
                      const MaybeTensor& similarity, const MaybeTensor& classes, int64_t ohem_min_kept) {
-  check_rank(op, "logits", logits, 4, "[B,K,h,w]");
-  check_features(op, "logits", logits.scalar_type());
-  check_cpu(op, "logits", logits);
-  check_labels(op, labels);
-  check_size(op, "labels", labels, 0, logits.size(0), "[B,H,W]");
-  check(logits.size(1) > 0, op, "logits must have at least one class");
-  check(logits.size(1) < INT32_MAX / kStep, op, "logits have too many classes, ", logits.size(1));
-  check(similarity.has_value() || !classes.has_value(), op, "classes needs similarity");
-  if (similarity.has_value()) {
-    check_rank(op, "similarity", *similarity, 4, "[B,S,h',w']");
-    check_features(op, "similarity", similarity->scalar_type());
-    check_cpu(op, "similarity", *similarity);
-    check_size(op, "similarity", *similarity, 0, logits.size(0), "[B,S,h',w']");
-    if (classes.has_value()) {
-      check_classes(op, *classes);
-      check_size(op, "classes", *classes, 0, logits.size(0), "[B,S]");
-      check_size(op, "classes", *classes, 1, similarity->size(1), "[B,S]");
-      for (int64_t b = 0; b < logits.size(0); ++b) read_classes(op, *classes, b, logits.size(1));
-    } else {
-      check_size(op, "similarity", *similarity, 1, 1, "[B,1,h',w']");
-    }
-  }
-  check(ohem_min_kept >= 0, op, "ohem_min_kept must not be negative, got ", ohem_min_kept);
+  check_arguments(op, logits, labels, similarity, classes, ohem_min_kept, Place::cpu);
+  if (!classes.has_value()) return;
+  for (int64_t b = 0; b < logits.size(0); ++b) read_classes(op, *classes, b, logits.size(1));
 }
 
 // A problem with all that its views point to.
@@ -163,9 +137,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& logits, const Tensor& labels, c
                                    std::optional<double> ohem_threshold, int64_t ohem_min_kept,
                                    bool need_grad) {
   check_arguments(kForward, logits, labels, similarity, classes, ohem_min_kept);
+  check_reduction(reduction);
   const bool each = reduction == "none";
-  check(each || reduction == "mean" || reduction == "valid_mean" || reduction == "sum", kForward,
-        "reduction must be 'mean', 'valid_mean', 'sum' or 'none', got '", reduction, "'");
   Tensor grad = gradient_like(logits, need_grad);
   Tensor loss =
       each ? torch::stable::new_empty(
@@ -196,10 +169,7 @@ Tensor backward(const Tensor& grad, const Tensor& logits, const Tensor& labels, 
                 const MaybeTensor& classes, int64_t ignore_index, std::optional<double> ohem_threshold,
                 int64_t ohem_min_kept) {
   check_arguments(kBackward, logits, labels, similarity, classes, ohem_min_kept);
-  check_rank(kBackward, "grad", grad, 3, "[B,H,W]");
-  check_dtype(kBackward, "grad", grad.scalar_type(), {ScalarType::Float}, "float32");
-  check_cpu(kBackward, "grad", grad);
-  for (int64_t d = 0; d < 3; ++d) check_size(kBackward, "grad", grad, d, labels.size(d), "[B,H,W]");
+  check_pixel_gradient(grad, labels, Place::cpu);
   Tensor gradient = gradient_like(logits, true);
   if (labels.numel() == 0) return gradient;
   check_sides(kBackward, logits, labels.size(1), labels.size(2));
@@ -216,13 +186,8 @@ Tensor backward(const Tensor& grad, const Tensor& logits, const Tensor& labels, 
 }  // namespace cisc::rectified_cross_entropy
 
 STABLE_TORCH_LIBRARY_FRAGMENT(cisc_ext, m) {
-  m.def(
-      "rectified_cross_entropy(Tensor logits, Tensor labels, Tensor? similarity, Tensor? classes, "
-      "int ignore_index, str reduction, float? ohem_threshold, int ohem_min_kept, bool need_grad) "
-      "-> (Tensor loss, Tensor grad)");
-  m.def(
-      "rectified_cross_entropy_backward(Tensor grad, Tensor logits, Tensor labels, Tensor? similarity, "
-      "Tensor? classes, int ignore_index, float? ohem_threshold, int ohem_min_kept) -> Tensor");
+  m.def(cisc::rectified_cross_entropy::kSchema);
+  m.def(cisc::rectified_cross_entropy::kBackwardSchema);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cisc_ext, CPU, m) {

@@ -236,6 +236,8 @@ inline F exp2(F a) {
 #endif
 }
 
+inline F quotient(F a, F b) { return a / b; }
+
 // Natural logarithm to about one unit in the last place; -inf at 0, inf at inf, NaN below 0 and for NaN.
 inline F log(F a) {
   const M tiny = less(a, broadcast(1.17549435e-38f));

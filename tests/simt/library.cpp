@@ -2,7 +2,9 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "map_consistency_arguments.h"
 #include "predict_arguments.h"
+#include "rectified_cross_entropy_arguments.h"
 
 #define CISC_PAIR_ARGUMENTS                                                    \
   "Tensor query, Tensor guide, Tensor guide_labels, Tensor? classes, Tensor? " \
@@ -14,16 +16,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cisc_ext, m) {
   m.def(
       "masked_average_pool_backward(Tensor grad, Tensor labels, Tensor classes, SymInt h, SymInt w, "
       "float eps, ScalarType dtype) -> Tensor");
-  m.def(
-      "map_consistency(Tensor similarity, Tensor labels, Tensor classes, int ignore_index, bool need_grad) "
-      "-> (Tensor loss, Tensor grad)");
-  m.def(
-      "rectified_cross_entropy(Tensor logits, Tensor labels, Tensor? similarity, Tensor? classes, "
-      "int ignore_index, str reduction, float? ohem_threshold, int ohem_min_kept, bool need_grad) "
-      "-> (Tensor loss, Tensor grad)");
-  m.def(
-      "rectified_cross_entropy_backward(Tensor grad, Tensor logits, Tensor labels, Tensor? similarity, "
-      "Tensor? classes, int ignore_index, float? ohem_threshold, int ohem_min_kept) -> Tensor");
+  m.def(cisc::map_consistency::kSchema);
+  m.def(cisc::rectified_cross_entropy::kSchema);
+  m.def(cisc::rectified_cross_entropy::kBackwardSchema);
   m.def("prototype_similarity(Tensor query, Tensor prototypes, float eps) -> Tensor");
   m.def(
       "prototype_similarity_backward(Tensor grad, Tensor query, Tensor prototypes, float eps) "

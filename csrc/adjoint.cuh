@@ -1,0 +1,415 @@
+// A warp's way down a band of cells (walk.h): which pixels its threads have, and the adjoint of the
+// upsampling.
+#pragma once
+
+#include <type_traits>
+
+#include "cells.cuh"
+#include "walk.h"
+
+namespace cisc::cells {
+
+// What a warp goes through, and where its loss goes.
+struct Task {
+  int64_t image, tile, begin, end;  // rows of cells
+
+  __device__ __forceinline__ static Task of(const Walk& walk, int64_t number) {
+    const int64_t line = number / walk.tiles, band = line % walk.bands, end = (band + 1) * walk.band;
+    return {line / walk.bands, number % walk.tiles, band * walk.band, end < walk.rows.n ? end : walk.rows.n};
+  }
+
+  // Number of the sum that row `at` of cells belongs to.
+  __device__ __forceinline__ int64_t partial(const Walk& walk, int64_t at) const {
+    return (image * walk.tiles + tile) * walk.units + at / walk.unit;
+  }
+
+  // Whether such a sum ends with this row.
+  __device__ __forceinline__ bool ends(const Walk& walk, int64_t at) const {
+    return at + 1 == end || (at + 1) % walk.unit == 0;
+  }
+};
+
+// The column of cells of a thread. Cell -1 has the pixels in front of the first input: else cell 0 would have
+// more than the others of its warp, which would wait.
+struct Column {
+  int cell, first, last;  // of pixels
+  int64_t tile;
+  int left, right;  // inputs
+  bool counts;      // no other warp counts its pixels
+  bool writes;      // the left input is this thread's to write
+
+  __device__ __forceinline__ static Column of(const Walk& walk, const Task& task) {
+    const int lane = static_cast<int>(threadIdx.x) % kLanes;
+    const Axis& axis = walk.columns;
+    Column c{};
+    c.tile = task.tile;
+    const int64_t cell = task.tile * (kLanes - walk.shared) + lane + walk.start;
+    c.cell = static_cast<int>(cell);
+    c.first = static_cast<int>(cell < 0 ? 0 : cell == 0 ? walk.front : axis.first(cell));
+    c.last = static_cast<int>(cell < 0 ? walk.front : axis.first(cell + 1));
+    const int64_t known = cell < axis.n ? cell : axis.n - 1;
+    c.left = static_cast<int>(cell < 0 ? axis.next(0) : known);
+    c.right = static_cast<int>(cell < 0 ? 0 : axis.next(known));
+    c.counts = lane >= walk.shared || cell < 0;
+    c.writes = lane >= walk.shared && cell >= 0 && cell < axis.n;
+    return c;
+  }
+
+  // Pieces of kPixels of the longest cell of the warp, at least one.
+  template <int kPixels>
+  __device__ __forceinline__ int pieces() const {
+    int most = last - first;
+    for (int distance = kLanes / 2; distance > 0; distance /= 2) {
+      const int other = __shfl_xor_sync(kAll, most, distance);
+      most = other > most ? other : most;
+    }
+    return most > kPixels ? (most + kPixels - 1) / kPixels : 1;
+  }
+};
+
+// Pixels of a piece, and where they lie in their cell; 0 for those that are not of the cell.
+template <int kPixels>
+struct Piece {
+  int y, x, rows, columns;  // first pixel; how many are of the cell, 0 or less for none
+  float fy[kPixels], fx[kPixels];
+
+  __device__ __forceinline__ static Piece of(const Walk& walk, const Column& column, int64_t row, int y,
+                                             int bottom, int x) {
+    Piece p{y, x, bottom - y, column.last - x, {}, {}};
+#pragma unroll
+    for (int i = 0; i < kPixels; ++i) {
+      p.fy[i] = i < p.rows ? walk.rows.fraction(y + i, row) : 0.0f;
+      const float fraction = column.cell < 0 ? 1.0f : walk.columns.fraction(x + i, column.cell);
+      p.fx[i] = i < p.columns ? fraction : 0.0f;
+    }
+    return p;
+  }
+
+  __device__ __forceinline__ bool has(int i, int j) const { return i < rows && j < columns; }
+};
+
+// f(i, j, value) for the pixels of a piece between these corners.
+template <int kPixels, typename Function>
+__device__ __forceinline__ void interpolate(const Square& s, const Piece<kPixels>& piece, const Function& f) {
+#pragma unroll
+  for (int i = 0; i < kPixels; ++i) {
+    const float west = blend(s.a, s.c, piece.fy[i]), east = blend(s.b, s.d, piece.fy[i]);
+#pragma unroll
+    for (int j = 0; j < kPixels; ++j) f(i, j, blend(west, east, piece.fx[j]));
+  }
+}
+
+// The same by differences, a product and a sum less: for values of which none is infinite. What is not finite
+// gives NaN.
+template <int kPixels, typename Function>
+__device__ __forceinline__ void interpolate_finite(const Square& s, const Piece<kPixels>& piece,
+                                                   const Function& f) {
+  const float left = s.c - s.a, right = s.d - s.b;
+#pragma unroll
+  for (int i = 0; i < kPixels; ++i) {
+    const float west = fmaf(left, piece.fy[i], s.a), across = fmaf(right, piece.fy[i], s.b) - west;
+#pragma unroll
+    for (int j = 0; j < kPixels; ++j) f(i, j, fmaf(across, piece.fx[j], west));
+  }
+}
+
+template <int kPixels, typename L, typename Function>
+__device__ __forceinline__ void typed_labels(const L* row, const Labels& labels, const Piece<kPixels>& piece,
+                                             int64_t ignore_index, const Function& f) {
+  const L ignored = static_cast<L>(ignore_index);
+  const bool any = static_cast<int64_t>(ignored) == ignore_index;
+#pragma unroll
+  for (int i = 0; i < kPixels; ++i) {
+#pragma unroll
+    for (int j = 0; j < kPixels; ++j) {
+      const bool inside = piece.has(i, j);
+      const L label = inside ? row[j * labels.stride_x] : L{0};
+      // As the narrowest unsigned number, in which no negative label is small.
+      using Word = std::conditional_t<sizeof(L) == 8, uint64_t, uint32_t>;
+      f(i, j, inside && !(any && label == ignored), static_cast<Word>(label));
+    }
+    row += labels.stride_y;
+  }
+}
+
+// f(i, j, counts, label) for the pixels of a piece; one counts unless it is outside or ignored.
+template <int kPixels, typename Function>
+__device__ __forceinline__ void for_labels(const Labels& labels, int64_t image, const Piece<kPixels>& piece,
+                                           int64_t ignore_index, const Function& f) {
+  const int64_t corner = image * labels.stride_b + piece.y * labels.stride_y + piece.x * labels.stride_x;
+  switch (labels.kind) {
+    case Integer::u8:
+      return typed_labels(static_cast<const uint8_t*>(labels.data) + corner, labels, piece, ignore_index, f);
+    case Integer::i32:
+      return typed_labels(static_cast<const int32_t*>(labels.data) + corner, labels, piece, ignore_index, f);
+    default:
+      return typed_labels(static_cast<const int64_t*>(labels.data) + corner, labels, piece, ignore_index, f);
+  }
+}
+
+// One bit for each label of a warp's pixels; labels that are 32 apart share one.
+template <int kPixels>
+__device__ __forceinline__ unsigned labels_of_warp(const int (&code)[kPixels][kPixels]) {
+  unsigned bits = 0;
+#pragma unroll
+  for (int i = 0; i < kPixels; ++i) {
+#pragma unroll
+    for (int j = 0; j < kPixels; ++j) bits |= code[i][j] >= 0 ? 1u << (code[i][j] & 31) : 0u;
+  }
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) bits |= __shfl_xor_sync(kAll, bits, distance);
+  return bits;
+}
+
+// What the slopes of pixels send to the corners of their cell.
+template <int kPixels>
+struct Adjoint {
+  Square sums{0.0f, 0.0f, 0.0f, 0.0f};
+
+  // A row of pixels.
+  __device__ __forceinline__ void add(const Piece<kPixels>& piece, int i, const float (&slope)[kPixels]) {
+    float west = 0.0f, east = 0.0f;
+#pragma unroll
+    for (int j = 0; j < kPixels; ++j) {
+      west = fmaf(slope[j], 1.0f - piece.fx[j], west);
+      east = fmaf(slope[j], piece.fx[j], east);
+    }
+    add(piece, i, west, east);
+  }
+
+  // The same of its sums for the left and the right.
+  __device__ __forceinline__ void add(const Piece<kPixels>& piece, int i, float west, float east) {
+    sums.a = fmaf(west, 1.0f - piece.fy[i], sums.a);
+    sums.b = fmaf(east, 1.0f - piece.fy[i], sums.b);
+    sums.c = fmaf(west, piece.fy[i], sums.c);
+    sums.d = fmaf(east, piece.fy[i], sums.d);
+  }
+};
+
+// Sums of the points of a warp that cells of other pieces and rows add to, a thread's own [planes] of each;
+// upper and lower points change places from row to row, or are the same where every cell is one piece.
+struct Carry {
+  float* memory;  // [planes,32], twice unless the walk is of whole cells
+  int64_t half;   // from the one to the other
+
+  static int64_t bytes(const Walk& walk, int64_t planes) {
+    return 4 * kLanes * planes * (walk.whole ? 1 : 2);
+  }
+
+  __device__ __forceinline__ static Carry of(const Walk& walk, int64_t planes, float* warp) {
+    return {warp + threadIdx.x % kLanes, walk.whole ? 0 : kLanes * planes};
+  }
+};
+
+// A piece's place in the walk, and what is done with its sums.
+struct Passage {
+  float *upper, *lower;  // carry of the plane at hand
+  bool before;           // there is something for the upper points
+  bool first, last;      // piece of its row of cells
+  bool bottom;           // no row of points below
+  bool last_cell;        // one point has both corners
+  bool front, second;    // the warp has cell -1; this is cell 0, behind it
+  bool edge;             // any of this in the warp
+  bool writes;           // the upper points
+  float factor;
+
+  __device__ __forceinline__ static Passage of(const Walk& walk, const Carry& carry, const Column& column,
+                                               int64_t row, bool writes, float factor) {
+    Passage p{};
+    p.upper = carry.memory + row % 2 * carry.half;
+    p.lower = carry.memory + (row + 1) % 2 * carry.half;
+    p.bottom = row + 1 == walk.rows.n;
+    p.last_cell = column.cell + 1 == walk.columns.n;
+    p.front = walk.front > 0 && column.tile == 0;
+    p.second = column.cell == 0;
+    p.edge = __any_sync(kAll, p.front || p.last_cell || p.bottom);
+    p.writes = writes && column.writes;
+    p.factor = factor;
+    return p;
+  }
+
+  // Add the sums of a piece to those before it, and write what is complete; then go on to the next plane. A
+  // whole warp.
+  __device__ __forceinline__ void pass(Square sums, float* gradient) {
+    float above, beneath;
+    if (edge) {
+      if (front) {
+        // Cell -1 sends its share 0 of what is not finite, NaN, to its left input, which is cell 0's right
+        // one.
+        const float upper_nan = __shfl_up_sync(kAll, sums.a, 1), lower_nan = __shfl_up_sync(kAll, sums.c, 1);
+        if (second) {
+          sums.b += upper_nan;
+          sums.d += lower_nan;
+        }
+      }
+      above = sums.a + __shfl_up_sync(kAll, sums.b, 1);
+      beneath = sums.c + __shfl_up_sync(kAll, sums.d, 1);
+      if (last_cell) {
+        above += sums.b;
+        beneath += sums.d;
+      }
+      if (bottom) above += beneath;
+    } else {
+      above = sums.a + __shfl_up_sync(kAll, sums.b, 1);
+      beneath = sums.c + __shfl_up_sync(kAll, sums.d, 1);
+    }
+    if (before) above += *upper;
+    if (!first) beneath += *lower;
+    if (!last) *upper = above;
+    *lower = beneath;
+    if (writes && last) *gradient = above * factor;
+    upper += kLanes;
+    lower += kLanes;
+  }
+};
+
+// Numbers that the launches of a loss share.
+struct State {
+  unsigned long long counted;  // pixels that are not ignored
+  unsigned long long kept;     // of these, those that OHEM keeps
+  unsigned long long wrong;    // not 0: a label or class is neither allowed nor ignored
+};
+constexpr int64_t kStateWords = 3;
+
+// Classes [B,S] int32 or int64.
+struct Classes {
+  const void* data;
+  int64_t slots, stride_b, stride_s;
+  bool wide;
+
+  __device__ __forceinline__ int64_t at(int64_t image, int64_t slot) const {
+    const int64_t offset = image * stride_b + slot * stride_s;
+    return wide ? static_cast<const int64_t*>(data)[offset] : static_cast<const int32_t*>(data)[offset];
+  }
+
+  // Whether the warp has met a class of an image that is neither -1 nor in [0, limit).
+  __device__ __forceinline__ bool wrong(int64_t image, int64_t limit) const {
+    bool found = false;
+    for (int64_t s = threadIdx.x % kLanes; s < slots; s += kLanes) {
+      const int64_t one = at(image, s);
+      found = found || one < -1 || one >= limit;
+    }
+    return found;
+  }
+};
+
+// classes: [B,S] int32 or int64
+inline Classes classes_of(const Tensor& classes) {
+  return {classes.const_data_ptr(), classes.size(1), classes.stride(0), classes.stride(1),
+          classes.scalar_type() == ScalarType::Long};
+}
+
+namespace {
+
+constexpr int kFinishThreads = 512, kCountThreads = 256;
+constexpr int kCountPack = 16;
+
+// Wrong classes, where there are no pixels in whose walk they would be found.
+__global__ void __launch_bounds__(kLanes)
+    classes_kernel(Classes classes, int64_t batch, int64_t limit, State* state) {
+  for (int64_t image = blockIdx.x; image < batch; image += gridDim.x) {
+    if (classes.wrong(image, limit)) state->wrong = 1;  // whoever writes, the same
+  }
+}
+
+// Pixels that are not ignored. packed: [ceil(B H W / 16)] where labels are contiguous bytes, else null.
+__global__ void __launch_bounds__(kCountThreads)
+    count_kernel(Labels labels, const uint8_t* packed, int64_t batch, int64_t height, int64_t width,
+                 int64_t ignore_index, State* state) {
+  const int64_t thread = static_cast<int64_t>(blockIdx.x) * kCountThreads + threadIdx.x;
+  const int64_t threads = static_cast<int64_t>(gridDim.x) * kCountThreads;
+  int64_t counted = 0;
+  if (packed != nullptr) {
+    const int64_t pixels = batch * height * width, packs = pixels / kCountPack;
+    for (int64_t i = thread; i < packs; i += threads) {
+      const auto pack = read_pack<kCountPack>(packed + i * kCountPack);
+      int here = 0;
+#pragma unroll
+      for (int j = 0; j < kCountPack; ++j) here += pack.at[j] != ignore_index;
+      counted += here;
+    }
+    for (int64_t i = packs * kCountPack + thread; i < pixels; i += threads)
+      counted += packed[i] != ignore_index;
+  } else {
+    for (int64_t line = thread / kLanes; line < batch * height; line += threads / kLanes) {
+      const int64_t image = line / height, y = line % height;
+      for (int64_t x = thread % kLanes; x < width; x += kLanes)
+        counted += labels.at(image, y, x) != ignore_index;
+    }
+  }
+  const int64_t all = block_sum<kCountThreads>(counted);
+  if (threadIdx.x == 0 && all > 0) atomicAdd(&state->counted, static_cast<unsigned long long>(all));
+}
+
+// What the loss and its gradient are divided by.
+enum class Divisor : int32_t { given, counted, kept };
+
+__device__ __forceinline__ double divisor_of(const State* state, Divisor by, double given) {
+  if (by == Divisor::given) return given;
+  const unsigned long long count = by == Divisor::counted ? state->counted : state->kept;
+  return static_cast<double>(count > 0 ? count : 1);
+}
+
+// Add up the loss in a fixed order and divide it; where anything is wrong, all is NaN.
+// partial: [partials]
+// values: [n], a gradient that still has to be divided (`divides`), or losses of pixels
+__global__ void __launch_bounds__(kFinishThreads)
+    finish_kernel(const double* partial, int64_t partials, const State* state, Divisor by, double given,
+                  bool divides,
+                  // outputs
+                  float* loss, float* values, int64_t n) {
+  const bool wrong = state->wrong != 0;
+  const double divisor = divisor_of(state, by, given);
+  if (wrong || divides) {
+    const float factor = wrong ? NAN : 1.0f / static_cast<float>(divisor);
+    const int64_t threads = static_cast<int64_t>(gridDim.x) * kFinishThreads;
+    for (int64_t i = static_cast<int64_t>(blockIdx.x) * kFinishThreads + threadIdx.x; i < n; i += threads) {
+      values[i] = wrong ? factor : values[i] * factor;
+    }
+  }
+  if (blockIdx.x > 0 || loss == nullptr) return;
+  double total = 0.0;
+  for (int64_t i = threadIdx.x; i < partials; i += kFinishThreads) total += partial[i];
+  total = block_sum<kFinishThreads>(total);
+  if (threadIdx.x == 0) *loss = wrong ? NAN : static_cast<float>(total / divisor);
+}
+
+}  // namespace
+
+// labels: [B,H,W] uint8, int32 or int64, any strides
+inline void launch_count(const Gpu& gpu, const Tensor& tensor, const Labels& labels, int64_t ignore_index,
+                         State* state) {
+  const int64_t height = tensor.size(1), width = tensor.size(2), pixels = tensor.numel();
+  const bool flat = labels.kind == Integer::u8 && tensor.is_contiguous() &&
+                    reinterpret_cast<uintptr_t>(labels.data) % kCountPack == 0;
+  const int64_t most = gpu.multiprocessors() * 8, wanted = pixels / (kCountThreads * kCountPack) + 1;
+  gpu.launch(count_kernel, std::min(most, wanted), kCountThreads, 0, labels,
+             flat ? static_cast<const uint8_t*>(labels.data) : nullptr, tensor.size(0), height, width,
+             ignore_index, state);
+}
+
+// As finish_kernel; n is 0 where nothing is to be divided or spoilt.
+inline void launch_finish(const Gpu& gpu, const double* partial, int64_t partials, const State* state,
+                          Divisor by, double given, bool divides, float* loss, float* values, int64_t n) {
+  const int64_t wanted = n / (kFinishThreads * 4) + 1;
+  gpu.launch(finish_kernel, std::min(gpu.multiprocessors() * 2, wanted), kFinishThreads, 0, partial, partials,
+             state, by, given, divides, loss, values, n);
+}
+
+// The carry of a kernel with a gradient: in shared memory where it leaves room for enough warps beside each
+// other, else in a workspace, which holds it for all blocks that run at a time.
+struct CarryPlan {
+  int64_t shared;     // bytes of a block
+  int64_t blocks;     // of a launch, each a warp
+  int64_t workspace;  // floats
+
+  static CarryPlan of(const Gpu& gpu, const Walk& walk, int64_t planes) {
+    constexpr int64_t beside = 8, most = int64_t{32} << 20, grid = 1 << 20;
+    const int64_t bytes = Carry::bytes(walk, planes);
+    const int64_t blocks = std::min(walk.tasks(), grid);
+    if (bytes <= gpu.shared_bytes() / beside) return {bytes, blocks, 0};
+    const int64_t fitting = std::min(blocks, std::max<int64_t>(most / bytes, 1));
+    return {0, fitting, fitting * bytes / 4};
+  }
+};
+
+}  // namespace cisc::cells

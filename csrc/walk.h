@@ -1,0 +1,75 @@
+// How the warps of a GPU share out the cells of upsampled maps: bands of rows, and columns of a warp's width.
+// Needs no torch header.
+//
+// For a gradient the columns of neighbouring warps share a column of cells, and bands a row, which both go
+// through: a low-resolution point takes from the cells on its left and above, too, and no two warps add to
+// the same point. So a point's sum has the same order in any band.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cells.h"
+
+namespace cisc::cells {
+
+constexpr int kLanes = 32;
+constexpr int64_t kPartials =
+    1 << 15;                       // sums of the loss that are written, where the batch leaves it at that
+constexpr int64_t kMostBand = 64;  // rows of a band at most: more make the shared rows no rarer
+
+struct Walk {
+  Axis rows, columns;
+  int64_t batch;
+  int64_t front;        // columns of pixels in front of the first input
+  int64_t shared;       // columns of cells that a warp has in common with the one before it
+  int64_t start;        // the first warp's first cell
+  int64_t tiles;        // warps side by side
+  int64_t unit, units;  // rows of cells of a sum of the loss; such units below each other
+  int64_t band, bands;  // rows of cells of a warp, a multiple of `unit`; bands below each other
+  bool whole;           // no cell takes more than one piece
+
+  CISC_HD int64_t tasks() const { return batch * tiles * bands; }
+  CISC_HD int64_t partials() const { return batch * tiles * units; }
+};
+
+// Most pixels of a cell along an axis, those in front of the first input counted with the first cell.
+inline int64_t longest_cell(const Axis& axis, bool align_corners) {
+  if (axis.n == 1) return axis.m;
+  if (align_corners) return (axis.whole + axis.step - 1) / axis.step;
+  return (3 * axis.m + 2 * axis.n - 1) / (2 * axis.n) + 1;
+}
+
+// Whether cells of either axis have more pixels along it than `most`, up to a few.
+inline bool exceeds(const Axis& rows, const Axis& columns, int64_t most) {
+  return rows.m > most * rows.n || columns.m > most * columns.n;
+}
+
+// Bands so that all multiprocessors have work: they are busy with `enough` warps each. The sums of the loss
+// depend on shapes alone, and so does the result.
+inline Walk walk_of(const Axis& rows, const Axis& columns, bool align_corners, int64_t batch, bool gradient,
+                    int piece, int64_t multiprocessors, int64_t enough) {
+  Walk walk{rows, columns, batch, 0, 0, 0, 0, 0, 0, 0, 0, false};
+  walk.front = columns.shift < 0 ? (-columns.shift + columns.step - 1) / columns.step : 0;
+  walk.shared = gradient ? 1 : 0;
+  walk.start = gradient || walk.front > 0 ? -1 : 0;
+  const int64_t cells = gradient ? columns.n : columns.n - walk.start, width = kLanes - walk.shared;
+  walk.tiles = (cells + width - 1) / width;
+  const int64_t room = std::max<int64_t>(kPartials / (batch * walk.tiles), 1);
+  walk.unit = (rows.n + room - 1) / room;
+  walk.units = (rows.n + walk.unit - 1) / walk.unit;
+  walk.whole = longest_cell(rows, align_corners) <= piece && longest_cell(columns, align_corners) <= piece;
+  double least = 0.0;
+  for (int64_t units = 1; units <= walk.units && (units == 1 || units * walk.unit <= kMostBand); ++units) {
+    const int64_t bands = (walk.units + units - 1) / units, warps = batch * walk.tiles * bands;
+    const int64_t each = std::max((warps + multiprocessors - 1) / multiprocessors, enough);
+    const double cost = static_cast<double>(each) * static_cast<double>(units * walk.unit + walk.shared);
+    if (units > 1 && cost >= least) continue;
+    least = cost;
+    walk.band = units * walk.unit;
+    walk.bands = bands;
+  }
+  return walk;
+}
+
+}  // namespace cisc::cells
