@@ -2,7 +2,9 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "masked_average_pool_arguments.h"
 #include "predict_arguments.h"
+#include "prototype_similarity_arguments.h"
 
 #define CISC_PAIR_ARGUMENTS                                                    \
   "Tensor query, Tensor guide, Tensor guide_labels, Tensor? classes, Tensor? " \
@@ -10,10 +12,8 @@
 
 STABLE_TORCH_LIBRARY_FRAGMENT(cisc_ext, m) {
   m.def(cisc::predict::kSchema);
-  m.def("masked_average_pool(Tensor features, Tensor labels, Tensor classes, float eps) -> Tensor");
-  m.def(
-      "masked_average_pool_backward(Tensor grad, Tensor labels, Tensor classes, SymInt h, SymInt w, "
-      "float eps, ScalarType dtype) -> Tensor");
+  m.def(cisc::masked_average_pool::kSchema);
+  m.def(cisc::masked_average_pool::kBackwardSchema);
   m.def(
       "map_consistency(Tensor similarity, Tensor labels, Tensor classes, int ignore_index, bool need_grad) "
       "-> (Tensor loss, Tensor grad)");
@@ -24,10 +24,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cisc_ext, m) {
   m.def(
       "rectified_cross_entropy_backward(Tensor grad, Tensor logits, Tensor labels, Tensor? similarity, "
       "Tensor? classes, int ignore_index, float? ohem_threshold, int ohem_min_kept) -> Tensor");
-  m.def("prototype_similarity(Tensor query, Tensor prototypes, float eps) -> Tensor");
-  m.def(
-      "prototype_similarity_backward(Tensor grad, Tensor query, Tensor prototypes, float eps) "
-      "-> (Tensor, Tensor)");
+  m.def(cisc::prototype_similarity::kSchema);
+  m.def(cisc::prototype_similarity::kBackwardSchema);
   m.def("cross_similarity(" CISC_PAIR_ARGUMENTS
         ", bool return_index) -> (Tensor similarity, Tensor index, Tensor saved)");
   m.def(
