@@ -18,6 +18,7 @@ namespace cisc::masked_average_pool {
 
 namespace {
 
+using planes::Group;
 using planes::kWide;
 using planes::Planes;
 
@@ -133,7 +134,7 @@ __device__ __forceinline__ I end_tap(I i, I n, I m) {
 // A warp, or all warps of a block, has a segment of a row of features: first the labels of each column are
 // summed with the row's weights, then the columns with each pixel's.
 template <typename L, typename I>
-__global__ void __launch_bounds__(kThreads) weights_kernel(Gather p) {
+__global__ void __launch_bounds__(kThreads, sizeof(I) == 4 ? 3 : 2) weights_kernel(Gather p) {
   struct Memory {
     I columns[kWarps][kLabelColumns];
     I sums[kWarps][kWarp];
@@ -208,19 +209,18 @@ __global__ void __launch_bounds__(kThreads) weights_kernel(Gather p) {
             right - begin < static_cast<I>(kLabelColumns) ? right : begin + static_cast<I>(kLabelColumns);
         for (I x = begin + lane; x < end; x += kWarp) columns[x - begin] = 0;
         for (I y = top + kTall * part; y < bottom; y += kTall * parts) {
-          const L* from[kTall];
           I weight[kTall];
 #pragma unroll
-          for (int i = 0; i < kTall; ++i) {
-            const bool in = y + i < bottom;
-            weight[i] = in ? hat(static_cast<I>(y + i), row, n_y, m_y) : 0;
-            from[i] = labels + (in ? y + i : y) * p.label_y;
-          }
+          for (int i = 0; i < kTall; ++i)
+            weight[i] = y + i < bottom ? hat(static_cast<I>(y + i), row, n_y, m_y) : 0;
+#pragma unroll 1
           for (I x = begin + lane; x < end; x += kWarp) {
-            const int64_t at = x * p.label_x;
+            const L* from = labels + y * p.label_y + x * p.label_x;
             I sum = 0;
 #pragma unroll
-            for (int i = 0; i < kTall; ++i) sum += from[i][at] == target ? weight[i] : 0;
+            for (int i = 0; i < kTall; ++i) {
+              if (weight[i] > 0 && from[i * p.label_y] == target) sum += weight[i];
+            }
             columns[x - begin] += sum;
           }
         }
@@ -293,17 +293,6 @@ struct Part {
   }
 };
 
-// A term of infinity or NaN times no weight is none.
-template <int n, typename T>
-__device__ __forceinline__ float weighted(const Pack<T, n>& x, const float (&weight)[n], bool careful) {
-  float sum = 0.0f;
-#pragma unroll
-  for (int i = 0; i < n; ++i) {
-    if (!careful || weight[i] > 0.0f) sum = fmaf(x.at[i].widen(), weight[i], sum);
-  }
-  return sum;
-}
-
 // Add to `sums` [slots,kDeep] what the warp's channels have at n pixels of each thread, from `pixel` of the
 // piece on, where `there`. from: the first of the warp's channels at the pixel
 template <int n, bool one, typename T>
@@ -331,13 +320,14 @@ __device__ __forceinline__ void pool_window(const T* from, int64_t stride_c, int
     bits = p.weights.bits(part.image, part.first_slot / kSlots, begin, end);
     if (bits == 0) return;
   }
+#pragma unroll 1
   for (int first = 0; first < kOwn && static_cast<int64_t>(first) * kWarps < left; first += kInFlight) {
-    Pack<T, n> x[kInFlight] = {};
+    Group<T, n> x[kInFlight] = {};
     if (mine) {
 #pragma unroll
       for (int j = 0; j < kInFlight; ++j) {
         const int64_t channel = static_cast<int64_t>(first + j) * kWarps;
-        if (channel < left) x[j] = read_pack<n>(from + channel * stride_c);
+        if (channel < left) x[j] = Group<T, n>::read(from + channel * stride_c);
       }
     }
     for (uint32_t rest = bits; rest != 0; rest &= rest - 1) {
@@ -346,12 +336,24 @@ __device__ __forceinline__ void pool_window(const T* from, int64_t stride_c, int
       float sum[kInFlight], touched = 0.0f;
 #pragma unroll
       for (int j = 0; j < kInFlight; ++j) {
-        sum[j] = weighted<n>(x[j], weight, false);
+        sum[j] = 0.0f;
+#pragma unroll
+        for (int i = 0; i < n; ++i) sum[j] = fmaf(x[j].at(i), weight[i], sum[j]);
         touched = fmaf(0.0f, sum[j], touched);
       }
-      if (!(touched == 0.0f)) {
+      if (__any_sync(kAll, !(touched == 0.0f))) {  // infinity or NaN times no weight is nothing: once more
+#pragma unroll 1
+        for (int j = first; j < first + kInFlight && static_cast<int64_t>(j) * kWarps < left; ++j) {
+          const T* at = from + static_cast<int64_t>(j) * kWarps * stride_c;
+          float total = 0.0f;
 #pragma unroll
-        for (int j = 0; j < kInFlight; ++j) sum[j] = weighted<n>(x[j], weight, true);
+          for (int i = 0; i < n; ++i) {
+            if (weight[i] > 0.0f) total = fmaf(at[i].widen(), weight[i], total);
+          }
+          total = warp_sum(total);
+          if (lane == 0) sums[slot * kDeep + j * kWarps] += total;
+        }
+        continue;
       }
       const float of_channel = planes::sums_over<kInFlight, kWarp>(sum);
       const int channel = (first + lane / (kWarp / kInFlight)) * kWarps;
@@ -362,7 +364,8 @@ __device__ __forceinline__ void pool_window(const T* from, int64_t stride_c, int
 
 // Features whose pixels lie side by side, n at an access: a warp has every eighth channel, a thread n pixels.
 template <typename T, int n, bool one>
-__global__ void __launch_bounds__(kThreads) pool_planes_kernel(Planes<const T> features, Pool p) {
+__global__ void __launch_bounds__(kThreads, one ? 3 : 2)
+    pool_planes_kernel(Planes<const T> features, Pool p) {
   CISC_DYNAMIC_SHARED(memory);
   auto* sums = reinterpret_cast<float*>(memory);
   const Part part = Part::of(p);
@@ -408,7 +411,8 @@ __global__ void __launch_bounds__(kThreads) pool_planes_kernel(Planes<const T> f
 // Features whose channels lie side by side: `lanes` threads have a pixel's, some pixels at a time. A thread
 // keeps to its channels; a pixel without weight is not read.
 template <typename T, bool one>
-__global__ void __launch_bounds__(kThreads) pool_pixels_kernel(Planes<const T> features, Pool p, int lanes) {
+__global__ void __launch_bounds__(kThreads, 3)
+    pool_pixels_kernel(Planes<const T> features, Pool p, int lanes) {
   constexpr int n = kWide<T>;
   CISC_DYNAMIC_SHARED(memory);
   auto* sums = reinterpret_cast<float*>(memory);  // [teams,slots,lanes*n]
@@ -448,20 +452,20 @@ __global__ void __launch_bounds__(kThreads) pool_pixels_kernel(Planes<const T> f
       bits = p.weights.bits(part.image, part.first_slot / kSlots, pixel, pixel + count);
       if (bits == 0) continue;
     }
-    Pack<T, n> x[kInFlight] = {};
+    Group<T, n> x[kInFlight] = {};
+    planes::Walk<const T> walk(features, from, origin + pixel);
 #pragma unroll
     for (int j = 0; j < kInFlight; ++j) {
-      if (there && j < count && (!one || weight[j] > 0.0f)) {
-        x[j] = read_pack<n>(from + features.offset_of(origin + pixel + j));
-      }
+      if (there && j < count && (!one || weight[j] > 0.0f)) x[j] = Group<T, n>::read(walk.at);
+      walk.next(features);
     }
     if (one) {
 #pragma unroll
       for (int j = 0; j < kInFlight; ++j) {
 #pragma unroll
-        for (int i = 0; i < n; ++i) total[i] = fmaf(x[j].at[i].widen(), weight[j], total[i]);
+        for (int i = 0; i < n; ++i) total[i] = fmaf(x[j].at(i), weight[j], total[i]);
       }
-      continue;
+      bits = 0;
     }
     for (; bits != 0; bits &= bits - 1) {
       const int slot = __ffs(static_cast<int>(bits)) - 1;
@@ -472,7 +476,7 @@ __global__ void __launch_bounds__(kThreads) pool_pixels_kernel(Planes<const T> f
       for (int j = 0; j < kInFlight; ++j) {
         if (!(weight[j] > 0.0f)) continue;
 #pragma unroll
-        for (int i = 0; i < n; ++i) total[i] = fmaf(x[j].at[i].widen(), weight[j], total[i]);
+        for (int i = 0; i < n; ++i) total[i] = fmaf(x[j].at(i), weight[j], total[i]);
       }
 #pragma unroll
       for (int i = 0; i < n; ++i) own[slot * deep + i] = total[i];
@@ -555,6 +559,7 @@ __device__ __forceinline__ void scatter_window(const Scatter& p, int64_t image, 
                                                float factor,
                                                // outputs
                                                T* to) {
+  constexpr int kBeside = n > 4 ? 4 : 8;  // channels whose sums a thread has at once
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const bool spoilt = *p.invalid != 0;
   const int64_t left = p.channels - channel, all_image = p.weights.piece.image + image;
@@ -565,16 +570,17 @@ __device__ __forceinline__ void scatter_window(const Scatter& p, int64_t image, 
     for (int i = 0; i < n; ++i) weight[i] = there ? of[i] : 0.0f;
   };
   if (one) read_weights(0);
-  for (int first = 0; first < kOwn && static_cast<int64_t>(first) * kWarps < left; first += kInFlight) {
-    float sum[kInFlight][n];
+#pragma unroll 1
+  for (int first = 0; first < kOwn && static_cast<int64_t>(first) * kWarps < left; first += kBeside) {
+    float sum[kBeside][n];
 #pragma unroll
-    for (int j = 0; j < kInFlight; ++j) {
+    for (int j = 0; j < kBeside; ++j) {
 #pragma unroll
       for (int i = 0; i < n; ++i) sum[j][i] = spoilt ? NAN : 0.0f;
     }
     const auto add = [&](float of_lane, int from) {
 #pragma unroll
-      for (int j = 0; j < kInFlight; ++j) {
+      for (int j = 0; j < kBeside; ++j) {
         const float f = __shfl_sync(kAll, of_lane, from + j);
         const bool careful = !isfinite(f);  // of which nothing is nothing
 #pragma unroll
@@ -590,7 +596,7 @@ __device__ __forceinline__ void scatter_window(const Scatter& p, int64_t image, 
         for (uint32_t bits = p.weights.bits(image, word, begin, end); bits != 0; bits &= bits - 1) {
           const int64_t slot = word * kSlots + __ffs(static_cast<int>(bits)) - 1;
           read_weights(slot);
-          const int64_t here = static_cast<int64_t>(first + lane % kInFlight) * kWarps;
+          const int64_t here = static_cast<int64_t>(first + lane % kBeside) * kWarps;
           const double count = pixels_of(p.totals[all_image * p.weights.slots + slot], p.unit) + p.eps;
           float of_lane = 0.0f;
           if (here < left) {
@@ -603,7 +609,7 @@ __device__ __forceinline__ void scatter_window(const Scatter& p, int64_t image, 
     }
     if (!there) continue;
 #pragma unroll
-    for (int j = 0; j < kInFlight; ++j) {
+    for (int j = 0; j < kBeside; ++j) {
       const int64_t here = static_cast<int64_t>(first + j) * kWarps;
       if (here >= left) continue;
       Pack<T, n> pack;
@@ -616,7 +622,7 @@ __device__ __forceinline__ void scatter_window(const Scatter& p, int64_t image, 
 
 // A block writes the pixels of a window of up to kDeep channels of one image; a warp every eighth channel.
 template <typename T, bool one>
-__global__ void __launch_bounds__(kThreads) scatter_kernel(Scatter p, T* gradient) {
+__global__ void __launch_bounds__(kThreads, one ? 3 : 2) scatter_kernel(Scatter p, T* gradient) {
   constexpr int n = kWide<T>;
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
   const int64_t window = blockIdx.x / p.deep_blocks % p.windows,

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "device.cuh"
 
@@ -14,6 +15,25 @@ namespace cisc::planes {
 
 template <typename T>
 constexpr int kWide = 16 / static_cast<int>(sizeof(T));  // elements of one access
+
+// n neighbours in the words in which they came, so that 16-bit elements take half a register each.
+template <typename T, int n>
+struct alignas(sizeof(T) * n) Group {
+  using Word = std::conditional_t<sizeof(T) * n % 4 == 0, uint32_t, uint16_t>;
+  Word word[sizeof(T) * n / sizeof(Word)];
+
+  __device__ __forceinline__ static Group read(const T* from) {
+    return *reinterpret_cast<const Group*>(from);
+  }
+
+  __device__ __forceinline__ float at(int i) const {
+    if constexpr (sizeof(T) == 4) {
+      return __uint_as_float(word[i]);
+    } else {
+      return T{static_cast<uint16_t>(n > 1 ? word[i / 2] >> i % 2 * 16 : word[0])}.widen();
+    }
+  }
+};
 
 // A tensor [B,C,h,w] in place.
 template <typename T>
@@ -24,6 +44,23 @@ struct Planes {
 
   __device__ __forceinline__ int64_t offset_of(int64_t pixel) const {
     return flat ? pixel * stride_x : pixel / width * stride_y + pixel % width * stride_x;
+  }
+};
+
+// One pixel after another.
+template <typename T>
+struct Walk {
+  T* at;
+  int64_t column;
+
+  __device__ __forceinline__ Walk(const Planes<T>& planes, T* plane, int64_t pixel)
+      : at(plane + planes.offset_of(pixel)), column(planes.flat ? 0 : pixel % planes.width) {}
+
+  __device__ __forceinline__ void next(const Planes<T>& planes) {
+    at += planes.stride_x;
+    if (planes.flat || ++column < planes.width) return;
+    column = 0;
+    at += planes.stride_y - planes.width * planes.stride_x;
   }
 };
 
