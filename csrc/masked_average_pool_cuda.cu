@@ -612,10 +612,7 @@ __device__ __forceinline__ void scatter_window(const Scatter& p, int64_t image, 
     for (int j = 0; j < kBeside; ++j) {
       const int64_t here = static_cast<int64_t>(first + j) * kWarps;
       if (here >= left) continue;
-      Pack<T, n> pack;
-#pragma unroll
-      for (int i = 0; i < n; ++i) pack.at[i] = T::narrow(sum[j][i]);
-      write_pack<n>(to + here * p.area, pack);
+      Group<T, n>::of(sum[j]).write(to + here * p.area);
     }
   }
 }

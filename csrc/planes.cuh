@@ -16,7 +16,8 @@ namespace cisc::planes {
 template <typename T>
 constexpr int kWide = 16 / static_cast<int>(sizeof(T));  // elements of one access
 
-// n neighbours in the words in which they came, so that 16-bit elements take half a register each.
+// n neighbours in the words in which they come and go: 16-bit elements take half a register each, and an
+// access is one instruction.
 template <typename T, int n>
 struct alignas(sizeof(T) * n) Group {
   using Word = std::conditional_t<sizeof(T) * n % 4 == 0, uint32_t, uint16_t>;
@@ -25,6 +26,25 @@ struct alignas(sizeof(T) * n) Group {
   __device__ __forceinline__ static Group read(const T* from) {
     return *reinterpret_cast<const Group*>(from);
   }
+
+  __device__ __forceinline__ static Group of(const float (&value)[n]) {
+    Group group;
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      const T narrow = T::narrow(value[i]);
+      if constexpr (sizeof(T) == 4) {
+        group.word[i] = __float_as_uint(narrow.value);
+      } else if constexpr (n == 1) {
+        group.word[0] = narrow.bits;
+      } else {
+        const uint32_t half = static_cast<uint32_t>(narrow.bits) << i % 2 * 16;
+        group.word[i / 2] = i % 2 == 0 ? half : group.word[i / 2] | half;
+      }
+    }
+    return group;
+  }
+
+  __device__ __forceinline__ void write(T* to) const { *reinterpret_cast<Group*>(to) = *this; }
 
   __device__ __forceinline__ float at(int i) const {
     if constexpr (sizeof(T) == 4) {
@@ -98,23 +118,23 @@ bool in_pixels(const Planes<T>& p, int64_t channels) {
 
 // Sums of n values each over the `lanes` threads of a part of a warp, n <= lanes: a thread gets that of value
 // number (its place in the part) / (lanes / n). In a fixed order.
-template <int n, int lanes>
-__device__ __forceinline__ float sums_over(float (&value)[n]) {
-  const int lane = static_cast<int>(threadIdx.x) % lanes;
-  int distance = lanes / 2;
+template <int n, int lanes, int distance = lanes / 2>
+__device__ __forceinline__ float sums_over(const float (&value)[n]) {
+  if constexpr (n == 1) {
+    float sum = value[0];
 #pragma unroll
-  for (int left = n / 2; left > 0; left /= 2) {
-    const bool upper = (lane & distance) != 0;
+    for (int rest = distance; rest > 0; rest /= 2) sum += __shfl_xor_sync(kAll, sum, rest);
+    return sum;
+  } else {
+    const bool upper = (threadIdx.x & distance) != 0;
+    float half[n / 2];
 #pragma unroll
-    for (int i = 0; i < left; ++i) {
-      const float sent = upper ? value[i] : value[i + left];
-      value[i] = (upper ? value[i + left] : value[i]) + __shfl_xor_sync(kAll, sent, distance);
+    for (int i = 0; i < n / 2; ++i) {
+      const float sent = upper ? value[i] : value[i + n / 2];
+      half[i] = (upper ? value[i + n / 2] : value[i]) + __shfl_xor_sync(kAll, sent, distance);
     }
-    distance /= 2;
+    return sums_over<n / 2, lanes, distance / 2>(half);
   }
-#pragma unroll
-  for (int rest = lanes / n / 2; rest > 0; rest /= 2) value[0] += __shfl_xor_sync(kAll, value[0], rest);
-  return value[0];
 }
 
 }  // namespace cisc::planes
