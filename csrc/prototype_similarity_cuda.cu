@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "planes.cuh"
@@ -25,7 +26,6 @@ constexpr int kDeep = 256;        // channels whose values a block has in regist
 constexpr int kHalf = kWarp / 2;  // threads that share a channel, in backward
 constexpr int kHalves = kThreads / kHalf;
 constexpr int kTogether = 2;  // sums of a pixel that warps bring together at once
-constexpr int kGathered = 8;  // slots of a block of gradient_kernel
 constexpr int kFinishThreads = 1024, kFinishParts = kFinishThreads / kWarp, kFinishDeep = 256;
 constexpr int64_t kUnitBytes = 16 << 20, kPartialBytes = 16 << 20, kSharedSums = 24 << 10;
 constexpr int64_t kBlocks = 2048;  // of a launch that leaves partial sums, where there is as much to do
@@ -287,6 +287,7 @@ template <typename T, int n, bool one>
 __global__ void __launch_bounds__(kThreads, 2)
     backward_planes_kernel(Planes<const T> query, Back b, Planes<T> grad_query) {
   constexpr int own = kDeep / kHalves, wide = kHalf * n;
+  using I = std::conditional_t<(n > 1), int32_t, int64_t>;
   struct Memory {
     alignas(16) float sums[2][kHalves][wide];
     float inverse[wide], along[wide], share[wide];
@@ -301,56 +302,60 @@ __global__ void __launch_bounds__(kThreads, 2)
   float* sums = b.shared_sums ? reinterpret_cast<float*>(dynamic) : partial;
   for (int64_t i = threadIdx.x; i < p.slots * p.channels; i += kThreads) sums[i] = 0.0f;
   __syncthreads();
+  const I channels = static_cast<I>(p.channels), pixels = static_cast<I>(p.pixels),
+          tiles = static_cast<I>(p.tiles);
   const int64_t first_channel = half < p.channels ? half : 0;
-  const T* plane = query.data + image * query.stride_b + first_channel * query.stride_c;
-  T* result = grad_query.data + image * grad_query.stride_b + first_channel * grad_query.stride_c;
+  const int64_t plane = image * query.stride_b + first_channel * query.stride_c;
   const float* grad = b.grad.data + image * b.grad.stride_b;
   const float* units = p.units.of(image);
-  const int64_t step = kHalves * query.stride_c, result_step = kHalves * grad_query.stride_c;
   Group<T, n> x[own] = {};
-  for (int64_t tile = chunk * b.steps; tile < (chunk + 1) * b.steps && tile < p.tiles; ++tile) {
-    const int64_t first_pixel = tile * p.tile;
-    const int shift = n > 1 ? planes::past_aligned<n>(plane + first_pixel) : 0;
-    const int64_t pixel = first_pixel - shift + place * n;
-    const bool whole = pixel >= 0 && pixel + n <= p.pixels, some = pixel < p.pixels;
-    const bool mine = some && pixel < first_pixel + p.tile && (pixel >= first_pixel || tile == 0);
-    const int64_t offset = n > 1 ? (whole ? pixel : 0) : query.offset_of(whole ? pixel : 0);
-    const auto read = [&](int64_t channel) {
-      const T* at = plane + (channel - half) * query.stride_c + offset;
+  for (I tile = static_cast<I>(chunk * b.steps), end = tile + static_cast<I>(b.steps);
+       tile < end && tile < tiles; ++tile) {
+    const I first_pixel = tile * static_cast<I>(p.tile);
+    const int shift = n > 1 ? planes::past_aligned<n>(query.data + plane + first_pixel) : 0;
+    const I pixel = first_pixel - shift + place * n;
+    const bool whole = pixel >= 0 && pixel + n <= pixels, some = pixel < pixels;
+    const bool mine =
+        some && pixel < first_pixel + static_cast<I>(p.tile) && (pixel >= first_pixel || tile == 0);
+    const auto read = [&](I base) {
+      const T* at =
+          query.data + plane + base * query.stride_c + (n > 1 ? pixel : query.offset_of(whole ? pixel : 0));
+      const I left = channels - base - half;
       if (whole) {
 #pragma unroll
         for (int j = 0; j < own; ++j) {
-          if (channel + j * kHalves < p.channels) x[j] = Group<T, n>::read(at + j * step);
+          if (j * kHalves < left) x[j] = Group<T, n>::read(at);
+          at += kHalves * query.stride_c;
         }
       } else {
 #pragma unroll
         for (int j = 0; j < own; ++j) {
           x[j] = {};
-          if (n > 1 && some && channel + j * kHalves < p.channels)
-            x[j] = read_edge<n>(at + j * step, pixel, p.pixels);
+          if (n > 1 && some && j * kHalves < left) x[j] = read_edge<n>(at - pixel, pixel, pixels);
+          at += kHalves * query.stride_c;
         }
       }
     };
-    const auto unit_at = [&](int64_t slot, int64_t channel) {
-      return channel < p.channels ? units[slot * p.units.stride_s + channel] : 0.0f;
+    const auto unit_at = [&](int64_t slot, I channel) {
+      return channel < channels ? units[slot * p.units.stride_s + channel] : 0.0f;
     };
     const auto read_shares = [&](int64_t slot, float (&share)[n]) {
       const float* from = grad + slot * b.grad.stride_c;
 #pragma unroll
       for (int i = 0; i < n; ++i) {
-        const int64_t at = pixel + i;
-        share[i] = at >= 0 && at < p.pixels ? from[b.grad.offset_of(at)] : 0.0f;
+        const I at = pixel + i;
+        share[i] = at >= 0 && at < pixels ? from[b.grad.offset_of(at)] : 0.0f;
       }
     };
 
     float square[n] = {}, along[n] = {};
 #pragma unroll 1
-    for (int64_t base = 0; base < p.channels; base += kDeep) {
-      const int64_t channel = base + half;
-      read(channel);
+    for (I base = 0; base < channels; base += kDeep) {
+      const I channel = base + half;
+      read(base);
 #pragma unroll
       for (int j = 0; j < own; ++j) {
-        if (channel + j * kHalves >= p.channels) continue;
+        if (channel + j * kHalves >= channels) continue;
         const float unit = one ? unit_at(0, channel + j * kHalves) : 0.0f;
 #pragma unroll
         for (int i = 0; i < n; ++i) {
@@ -365,7 +370,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         read_shares(slot, share);
 #pragma unroll
         for (int j = 0; j < own; ++j) {
-          if (channel + j * kHalves >= p.channels) continue;
+          if (channel + j * kHalves >= channels) continue;
           const float unit = unit_at(slot, channel + j * kHalves);
 #pragma unroll
           for (int i = 0; i < n; ++i) dot[i] = fmaf(x[j].at(i), unit, dot[i]);
@@ -389,8 +394,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       const float inverse = inverse_norm(total, p.eps);
       toward *= inverse;
       if (one) {
-        const int64_t at = first_pixel + number;
-        const float share = at < p.pixels ? grad[b.grad.offset_of(at)] : 0.0f;
+        const I at = first_pixel + number;
+        const float share = at < pixels ? grad[b.grad.offset_of(at)] : 0.0f;
         memory.share[number] = share;
         toward *= share;
       }
@@ -403,7 +408,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     float inverse[n], share[n], taken[n];
 #pragma unroll
     for (int i = 0; i < n; ++i) {
-      const int64_t at = pixel + i - first_pixel;
+      const int at = static_cast<int>(pixel + i - first_pixel);
       const bool there = mine && at >= 0;
       inverse[i] = there ? memory.inverse[at] : 0.0f;
       taken[i] = there ? memory.along[at] * inverse[i] : 0.0f;
@@ -415,27 +420,30 @@ __global__ void __launch_bounds__(kThreads, 2)
       } else {
 #pragma unroll
         for (int i = 0; i < n; ++i) {
-          if (pixel + i >= 0 && pixel + i < p.pixels) to[pixel + i] = T::narrow(back[i]);
+          if (pixel + i >= 0 && pixel + i < pixels) to[i] = T::narrow(back[i]);
         }
       }
     };
-    const auto add_sums = [&](int64_t slot, int64_t base, const float (&sum)[own]) {
+    const auto add_sums = [&](int64_t slot, I base, const float (&sum)[own]) {
       const float of_channel = planes::sums_over<own, kHalf>(sum);
-      const int64_t channel = base + half + place * kHalves;
-      if (channel < p.channels) sums[slot * p.channels + channel] += of_channel;
+      const I channel = base + half + place * kHalves;
+      if (channel < channels) sums[slot * p.channels + channel] += of_channel;
     };
 #pragma unroll 1
-    for (int64_t base = 0; base < p.channels; base += kDeep) {
-      const int64_t channel = base + half;
-      if (p.channels > kDeep) read(channel);
-      T* to = result + base * grad_query.stride_c +
-              (n > 1 ? (whole ? pixel : 0) : grad_query.offset_of(whole ? pixel : 0));
+    for (I base = 0; base < channels; base += kDeep) {
+      const I channel = base + half;
+      if (channels > kDeep) read(base);
+      T* to = n > 1 ? grad_query.data + plane + base * query.stride_c + pixel
+                    : grad_query.data + image * grad_query.stride_b +
+                          (base + first_channel) * grad_query.stride_c +
+                          grad_query.offset_of(whole ? pixel : 0);
       if constexpr (one) {
         float sum[own];
 #pragma unroll
         for (int j = 0; j < own; ++j) {
           sum[j] = 0.0f;
-          if (!mine || channel + j * kHalves >= p.channels) continue;
+          if (j > 0) to += kHalves * grad_query.stride_c;
+          if (!mine || channel + j * kHalves >= channels) continue;
           const float unit = unit_at(0, channel + j * kHalves);
           float back[n];
 #pragma unroll
@@ -444,7 +452,7 @@ __global__ void __launch_bounds__(kThreads, 2)
             sum[j] = fmaf(value, share[i], sum[j]);
             back[i] = fmaf(-(value * inverse[i]), taken[i], share[i] * unit);
           }
-          write(to + j * result_step, back);
+          write(to, back);
         }
         add_sums(0, base, sum);
       } else {
@@ -464,13 +472,13 @@ __global__ void __launch_bounds__(kThreads, 2)
           }
 #pragma unroll
           for (int j = 0; j < beside; ++j) {
-            if (!mine || channel + (first + j) * kHalves >= p.channels) continue;
+            if (!mine || channel + (first + j) * kHalves >= channels) continue;
 #pragma unroll
             for (int i = 0; i < n; ++i) {
               const float value = x[first + j].at(i) * inverse[i];
               back[j][i] = fmaf(-value, taken[i], back[j][i] * inverse[i]);
             }
-            write(to + (first + j) * result_step, back[j]);
+            write(to + (first + j) * kHalves * grad_query.stride_c, back[j]);
           }
         }
 #pragma unroll 1
@@ -589,61 +597,68 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
       for (int k = 0; k < parts; ++k) {
         const int64_t channel = first + (k * kWarp + lane) * n;
-        float back[together][n] = {};
-#pragma unroll 1
-        for (int64_t slot = 0; slot < (fused ? 1 : p.slots); ++slot) {
-          float unit[n];
-          read_unit(slot, channel, unit);
-          if (!fused) read_shares(slot, share);
-#pragma unroll
-          for (int j = 0; j < together; ++j) {
-#pragma unroll
-            for (int i = 0; i < n; ++i) back[j][i] = fmaf(share[j], unit[i], back[j][i]);
-          }
-        }
+        constexpr int beside = fused ? together : 2;  // pixels whose gradient is at hand at once
         planes::Walk<T> walk(grad_query, grad_query.data + image * grad_query.stride_b + channel, pixel);
 #pragma unroll
-        for (int j = 0; j < together; ++j) {
+        for (int at = 0; at < together; at += beside) {
+          float back[beside][n] = {};
+#pragma unroll 1
+          for (int64_t slot = 0; slot < (fused ? 1 : p.slots); ++slot) {
+            float unit[n];
+            read_unit(slot, channel, unit);
+            if (!fused) read_shares(slot, share);
 #pragma unroll
-          for (int i = 0; i < n; ++i) {
-            const float value = x[k][j].at(i) * inverse[j];
-            back[j][i] = fmaf(-value, along[j], back[j][i]) * inverse[j];
-            if (fused) sums[k][i] = fmaf(value, share[j], sums[k][i]);
+            for (int j = 0; j < beside; ++j) {
+#pragma unroll
+              for (int i = 0; i < n; ++i) back[j][i] = fmaf(share[at + j], unit[i], back[j][i]);
+            }
           }
-          if (j < count && channel < p.channels) Group<T, n>::of(back[j]).write(walk.at);
-          walk.next(grad_query);
+#pragma unroll
+          for (int j = 0; j < beside; ++j) {
+#pragma unroll
+            for (int i = 0; i < n; ++i) {
+              const float value = x[k][at + j].at(i) * inverse[at + j];
+              back[j][i] = fmaf(-value, along[at + j], back[j][i]) * inverse[at + j];
+              if (fused) sums[k][i] = fmaf(value, share[at + j], sums[k][i]);
+            }
+            if (at + j < count && channel < p.channels) Group<T, n>::of(back[j]).write(walk.at);
+            walk.next(grad_query);
+          }
         }
       }
     }
   }
-  if (!fused) return;
+  if constexpr (fused) {
 #pragma unroll
-  for (int k = 0; k < parts; ++k) write_floats<n>(&memory[fused ? warp : 0][(k * kWarp + lane) * n], sums[k]);
-  __syncthreads();
-  if (threadIdx.x < p.channels) {
+    for (int k = 0; k < parts; ++k) write_floats<n>(&memory[warp][(k * kWarp + lane) * n], sums[k]);
+    __syncthreads();
+    if (threadIdx.x >= p.channels) return;
     float sum = 0.0f;
-    for (int k = 0; k < (fused ? kWarps : 1); ++k) sum += memory[k][threadIdx.x];
+    for (int k = 0; k < kWarps; ++k) sum += memory[k][threadIdx.x];
     b.partial[(image * b.chunks + chunk) * p.channels + threadIdx.x] = sum;
   }
 }
 
-// What the pixels send to the unit vectors of kGathered slots; the query's channels lie side by side.
+template <typename T>
+constexpr int kGathered = 32 / kWide<T>;  // slots of a block of gradient_kernel
+
+// What the pixels send to the unit vectors of some slots; the query's channels lie side by side.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 2) gradient_kernel(Planes<const T> query, Back b) {
   constexpr int n = kWide<T>, in_flight = 4;
   CISC_SHARED(memory, Pack<float, 4>[kWarps][kWarp * n / 4]);
   const Problem& p = b.problem;
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int64_t groups = over(p.slots, kGathered), deep_blocks = over(p.channels, kWarp * n);
+  const int64_t groups = over(p.slots, kGathered<T>), deep_blocks = over(p.channels, kWarp * n);
   int64_t block = blockIdx.x;
-  const int64_t first_slot = block % groups * kGathered;
+  const int64_t first_slot = block % groups * kGathered<T>;
   block /= groups;
   const int64_t first_channel = block % deep_blocks * kWarp * n, channel = first_channel + lane * n;
   block /= deep_blocks;
   const int64_t chunk = block % b.chunks, image = block / b.chunks;
   const float* grad = b.grad.data + image * b.grad.stride_b + first_slot * b.grad.stride_c;
   const bool there = channel < p.channels;
-  float sums[kGathered][n] = {};
+  float sums[kGathered<T>][n] = {};
   const int64_t begin = chunk * b.steps * p.tile;
   const int64_t end = begin + b.steps * p.tile < p.pixels ? begin + b.steps * p.tile : p.pixels;
   for (int64_t pixel = begin + warp * in_flight; pixel < end; pixel += kWarps * in_flight) {
@@ -660,7 +675,7 @@ __global__ void __launch_bounds__(kThreads, 2) gradient_kernel(Planes<const T> q
       const float inverse = b.inverse[image * p.pixels + pixel + j];
       const int64_t at = b.grad.offset_of(pixel + j);
 #pragma unroll
-      for (int s = 0; s < kGathered; ++s) {
+      for (int s = 0; s < kGathered<T>; ++s) {
         if (first_slot + s >= p.slots) break;
         const float share = grad[s * b.grad.stride_c + at];
 #pragma unroll
@@ -672,7 +687,7 @@ __global__ void __launch_bounds__(kThreads, 2) gradient_kernel(Planes<const T> q
       b.partial + ((image * b.chunks + chunk) * p.slots + first_slot) * p.channels + first_channel;
   auto* flat = reinterpret_cast<float*>(&memory[0][0]);
 #pragma unroll
-  for (int s = 0; s < kGathered; ++s) {
+  for (int s = 0; s < kGathered<T>; ++s) {
     __syncthreads();
     write_floats<n>(flat + (warp * kWarp + lane) * n, sums[s]);
     __syncthreads();
@@ -869,15 +884,17 @@ void launch_backward_pixels(const Gpu& gpu, const Planes<const T>& query, Back& 
     return;
   }
   gpu.launch(backward_pixels_kernel<T, false>, images * b.chunks, kThreads, 0, query, b, grad_query);
-  const int64_t beside = over(p.slots, kGathered) * over(p.channels, kWarp * kWide<T>);
+  const int64_t beside = over(p.slots, kGathered<T>) * over(p.channels, kWarp * kWide<T>);
   cut(b, images, beside, p.slots * p.channels);
   gpu.launch(gradient_kernel<T>, images * b.chunks * beside, kThreads, 0, query, b);
 }
 
-// Whether both have their pixels at the same distances from multiples of n.
+// Whether groups of n elements of both lie at the same distances from multiples of them, and 32 bits count
+// pixels and channels.
 template <int n, typename T>
-bool alike(const Planes<const T>& a, const Planes<T>& b) {
-  return (a.stride_b - b.stride_b) % n == 0 && (a.stride_c - b.stride_c) % n == 0 &&
+bool alike(const Planes<const T>& a, const Planes<T>& b, int64_t pixels, int64_t channels) {
+  constexpr int64_t most = 1 << 30;
+  return a.stride_b == b.stride_b && a.stride_c == b.stride_c && pixels < most && channels < most &&
          (reinterpret_cast<uintptr_t>(a.data) - reinterpret_cast<uintptr_t>(b.data)) % (n * sizeof(T)) == 0;
 }
 
@@ -905,7 +922,8 @@ std::tuple<Tensor, Tensor> cuda_backward(const Tensor& grad, const Tensor& query
     auto view = planes::planes_of<const T>(query, query.const_data_ptr());
     auto result = planes::planes_of<T>(grad_query, grad_query.mutable_data_ptr());
     const bool in_pixels = planes::in_pixels(view, channels) && planes::in_pixels(result, channels);
-    const bool wide = planes::in_planes(view) && planes::in_planes(result) && alike<n>(view, result);
+    const bool wide =
+        planes::in_planes(view) && planes::in_planes(result) && alike<n>(view, result, pixels, channels);
     const bool fused = !in_pixels || (slots == 1 && channels <= kDeep);
     const int64_t bytes = 4 * std::max(cells, fused ? 0 : pixels);  // of an image
     const int64_t most = std::clamp<int64_t>(kUnitBytes / bytes, 1, batch);
