@@ -28,7 +28,8 @@ constexpr int kHalves = kThreads / kHalf;
 constexpr int kTogether = 2;  // sums of a pixel that warps bring together at once
 constexpr int kFinishThreads = 1024, kFinishParts = kFinishThreads / kWarp, kFinishDeep = 256;
 constexpr int64_t kUnitBytes = 16 << 20, kPartialBytes = 16 << 20, kSharedSums = 24 << 10;
-constexpr int64_t kBlocks = 2048;  // of a launch that leaves partial sums, where there is as much to do
+constexpr int64_t kNarrow = 1 << 30;  // pixels and channels that 32 bits count
+constexpr int64_t kBlocks = 2048;     // of a launch that leaves partial sums, where there is as much to do
 
 // a / b, rounded up
 constexpr int64_t over(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -116,6 +117,7 @@ __device__ __forceinline__ void write_floats(float* to, const float (&value)[n])
 template <typename T, int n, int most_slots>
 __global__ void __launch_bounds__(kThreads, most_slots > 1 ? 2 : 3)
     forward_planes_kernel(Planes<const T> query, Problem p, float* similarity) {
+  using I = std::conditional_t<(n > 1), int32_t, int64_t>;
   constexpr int in_flight = most_slots > 4 ? 4 : 8;
   struct Memory {
     alignas(16) float sums[kTogether][kWarps][kWarp * n];
@@ -125,16 +127,18 @@ __global__ void __launch_bounds__(kThreads, most_slots > 1 ? 2 : 3)
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
   const int64_t groups = over(p.slots, most_slots);
   const int64_t first_slot = blockIdx.x % groups * most_slots, tile = blockIdx.x / groups % p.tiles;
-  const int64_t image = blockIdx.x / groups / p.tiles, first_pixel = tile * p.tile;
+  const int64_t image = blockIdx.x / groups / p.tiles;
+  const I first_pixel = static_cast<I>(tile * p.tile), pixels = static_cast<I>(p.pixels);
+  const I channels = static_cast<I>(p.channels);
   const T* plane = query.data + image * query.stride_b + (warp < p.channels ? warp : 0) * query.stride_c;
   const int shift = n > 1 ? planes::past_aligned<n>(plane + first_pixel) : 0;
-  const int64_t pixel = first_pixel - shift + lane * n;
-  const bool whole = pixel >= 0 && pixel + n <= p.pixels, some = pixel < p.pixels;
+  const I pixel = first_pixel - shift + lane * n;
+  const bool whole = pixel >= 0 && pixel + n <= pixels, some = pixel < pixels;
   const float* units = p.units.of(image) + first_slot;
   float square[n] = {}, dot[most_slots][n] = {};
   const T* at = plane + (n > 1 ? (whole ? pixel : 0) : query.offset_of(whole ? pixel : 0));
   const int64_t step = kWarps * query.stride_c;
-  const auto add = [&](const Group<T, n>& x, int64_t channel) {
+  const auto add = [&](const Group<T, n>& x, I channel) {
     float unit[most_slots];
     if constexpr (most_slots % 4 == 0) {
 #pragma unroll
@@ -157,22 +161,22 @@ __global__ void __launch_bounds__(kThreads, most_slots > 1 ? 2 : 3)
     }
   };
 #pragma unroll 1
-  for (int64_t channel = warp; channel < p.channels; channel += in_flight * kWarps) {
+  for (I channel = warp; channel < channels; channel += in_flight * kWarps) {
     if (whole) {
       Group<T, n> x[in_flight] = {};
 #pragma unroll
       for (int j = 0; j < in_flight; ++j) {
-        if (channel + j * kWarps < p.channels) x[j] = Group<T, n>::read(at + j * step);
+        if (channel + j * kWarps < channels) x[j] = Group<T, n>::read(at + j * step);
       }
 #pragma unroll
       for (int j = 0; j < in_flight; ++j) {
-        if (channel + j * kWarps < p.channels) add(x[j], channel + j * kWarps);
+        if (channel + j * kWarps < channels) add(x[j], channel + j * kWarps);
       }
     } else if (n > 1 && some) {
 #pragma unroll 1
       for (int j = 0; j < in_flight; ++j) {
-        if (channel + j * kWarps < p.channels) {
-          add(read_edge<n>(at + j * step, pixel, p.pixels), channel + j * kWarps);
+        if (channel + j * kWarps < channels) {
+          add(read_edge<n>(at + j * step, pixel, pixels), channel + j * kWarps);
         }
       }
     }
@@ -180,7 +184,7 @@ __global__ void __launch_bounds__(kThreads, most_slots > 1 ? 2 : 3)
   }
   if (lane == 0) memory.shift[warp] = shift;
   const int own = static_cast<int>(threadIdx.x);
-  const bool there = own < p.tile && first_pixel + own < p.pixels;
+  const bool there = own < p.tile && first_pixel + own < pixels;
   float inverse = 0.0f;
   float* to = similarity + (image * p.slots + first_slot) * p.pixels + first_pixel + own;
 #pragma unroll
@@ -247,7 +251,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
 #pragma unroll
     for (int s = 0; s < most_slots; ++s) {
-      if (first_slot + s >= p.slots) break;
+      if (most_slots > 1 && first_slot + s >= p.slots) break;
       float unit[n];
       read_floats<n>(units + s * p.units.stride_s + channel, unit);
 #pragma unroll
@@ -363,20 +367,21 @@ __global__ void __launch_bounds__(kThreads, 2)
           if (one) along[i] = fmaf(x[j].at(i), unit, along[i]);
         }
       }
-      if (one) continue;
+      if constexpr (!one) {
 #pragma unroll 1
-      for (int64_t slot = 0; slot < p.slots; ++slot) {
-        float dot[n] = {}, share[n];
-        read_shares(slot, share);
+        for (int64_t slot = 0; slot < p.slots; ++slot) {
+          float dot[n] = {}, share[n];
+          read_shares(slot, share);
 #pragma unroll
-        for (int j = 0; j < own; ++j) {
-          if (channel + j * kHalves >= channels) continue;
-          const float unit = unit_at(slot, channel + j * kHalves);
+          for (int j = 0; j < own; ++j) {
+            if (channel + j * kHalves >= channels) continue;
+            const float unit = unit_at(slot, channel + j * kHalves);
 #pragma unroll
-          for (int i = 0; i < n; ++i) dot[i] = fmaf(x[j].at(i), unit, dot[i]);
+            for (int i = 0; i < n; ++i) dot[i] = fmaf(x[j].at(i), unit, dot[i]);
+          }
+#pragma unroll
+          for (int i = 0; i < n; ++i) along[i] = fmaf(share[i], dot[i], along[i]);
         }
-#pragma unroll
-        for (int i = 0; i < n; ++i) along[i] = fmaf(share[i], dot[i], along[i]);
       }
     }
     if (place == 0) memory.shift[half] = shift;
@@ -424,10 +429,12 @@ __global__ void __launch_bounds__(kThreads, 2)
         }
       }
     };
-    const auto add_sums = [&](int64_t slot, I base, const float (&sum)[own]) {
-      const float of_channel = planes::sums_over<own, kHalf>(sum);
-      const I channel = base + half + place * kHalves;
-      if (channel < channels) sums[slot * p.channels + channel] += of_channel;
+    // sum: of the channels first, first + kHalves, ...
+    const auto add_sums = [&](int64_t slot, I first, const float (&sum)[own / 2]) {
+      constexpr int each = kHalf / (own / 2);
+      const float of_channel = planes::sums_over<own / 2, kHalf>(sum);
+      const I channel = first + place / each * kHalves;
+      if (place % each == 0 && channel < channels) sums[slot * channels + channel] += of_channel;
     };
 #pragma unroll 1
     for (I base = 0; base < channels; base += kDeep) {
@@ -438,25 +445,30 @@ __global__ void __launch_bounds__(kThreads, 2)
                           (base + first_channel) * grad_query.stride_c +
                           grad_query.offset_of(whole ? pixel : 0);
       if constexpr (one) {
-        float sum[own];
 #pragma unroll
-        for (int j = 0; j < own; ++j) {
-          sum[j] = 0.0f;
-          if (j > 0) to += kHalves * grad_query.stride_c;
-          if (!mine || channel + j * kHalves >= channels) continue;
-          const float unit = unit_at(0, channel + j * kHalves);
-          float back[n];
+        for (int first = 0; first < own; first += own / 2) {
+          float sum[own / 2];
 #pragma unroll
-          for (int i = 0; i < n; ++i) {
-            const float value = x[j].at(i);
-            sum[j] = fmaf(value, share[i], sum[j]);
-            back[i] = fmaf(-(value * inverse[i]), taken[i], share[i] * unit);
+          for (int j = 0; j < own / 2; ++j) {
+            sum[j] = 0.0f;
+            const I here = channel + (first + j) * kHalves;
+            if (mine && here < channels) {
+              const float unit = unit_at(0, here);
+              float back[n];
+#pragma unroll
+              for (int i = 0; i < n; ++i) {
+                const float value = x[first + j].at(i);
+                sum[j] = fmaf(value, share[i], sum[j]);
+                back[i] = fmaf(-(value * inverse[i]), taken[i], share[i] * unit);
+              }
+              write(to, back);
+            }
+            to += kHalves * grad_query.stride_c;
           }
-          write(to, back);
+          add_sums(0, channel + first * kHalves, sum);
         }
-        add_sums(0, base, sum);
       } else {
-        constexpr int beside = 2;  // channels whose gradient is at hand at once
+        constexpr int beside = 1;  // channels whose gradient is at hand at once
 #pragma unroll
         for (int first = 0; first < own; first += beside) {
           float back[beside][n] = {};
@@ -486,15 +498,18 @@ __global__ void __launch_bounds__(kThreads, 2)
           read_shares(slot, share);
 #pragma unroll
           for (int i = 0; i < n; ++i) share[i] *= inverse[i];
-          float sum[own];
 #pragma unroll
-          for (int j = 0; j < own; ++j) {
-            sum[j] = 0.0f;
+          for (int first = 0; first < own; first += own / 2) {
+            float sum[own / 2];
 #pragma unroll
-            for (int i = 0; i < n; ++i) sum[j] = fmaf(x[j].at(i), share[i], sum[j]);
-            if (!mine) sum[j] = 0.0f;
+            for (int j = 0; j < own / 2; ++j) {
+              sum[j] = 0.0f;
+#pragma unroll
+              for (int i = 0; i < n; ++i) sum[j] = fmaf(x[first + j].at(i), share[i], sum[j]);
+              if (!mine) sum[j] = 0.0f;
+            }
+            add_sums(slot, channel + first * kHalves, sum);
           }
-          add_sums(slot, base, sum);
         }
       }
     }
@@ -811,7 +826,7 @@ void forward_of(const Gpu& gpu, const Planes<const T>& query, const Problem& p, 
     if (p.slots == 1) return launch_forward_pixels<T, 1, 8>(gpu, query, p, images, similarity);
     return launch_forward_pixels<T, 8, 4>(gpu, query, p, images, similarity);
   }
-  if (!planes::in_planes(query)) {
+  if (!planes::in_planes(query) || p.pixels >= kNarrow || p.channels >= kNarrow) {
     if (p.slots == 1) return launch_forward_planes<T, 1, 1>(gpu, query, p, images, similarity);
     return launch_forward_planes<T, 1, 20>(gpu, query, p, images, similarity);
   }
@@ -893,8 +908,7 @@ void launch_backward_pixels(const Gpu& gpu, const Planes<const T>& query, Back& 
 // pixels and channels.
 template <int n, typename T>
 bool alike(const Planes<const T>& a, const Planes<T>& b, int64_t pixels, int64_t channels) {
-  constexpr int64_t most = 1 << 30;
-  return a.stride_b == b.stride_b && a.stride_c == b.stride_c && pixels < most && channels < most &&
+  return a.stride_b == b.stride_b && a.stride_c == b.stride_c && pixels < kNarrow && channels < kNarrow &&
          (reinterpret_cast<uintptr_t>(a.data) - reinterpret_cast<uintptr_t>(b.data)) % (n * sizeof(T)) == 0;
 }
 
