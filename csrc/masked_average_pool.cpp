@@ -3,7 +3,7 @@
 // Upsampling is linear, so its adjoint is applied to the mask: one pass over the labels gives each feature
 // pixel its exact weight per class, one pass over the features sums. The upsampled features never exist.
 
-#include "masked_average_pool.h"
+#include "masked_average_pool_arguments.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -24,9 +24,6 @@ constexpr int64_t kGrain = 1 << 15;  // elements that are worth a thread
 int64_t grain(int64_t elements_each) {
   return std::max<int64_t>(kGrain / std::max<int64_t>(elements_each, 1), 1);
 }
-
-constexpr const char* kForward = "masked_average_pool";
-constexpr const char* kBackward = "masked_average_pool_backward";
 
 // One image's labels and the features' grid that they are pooled on.
 struct Geometry {
@@ -258,19 +255,11 @@ void backward_image(const Tensor& grad, const Tensor& labels, int64_t image, con
   });
 }
 
-void check_common(const char* op, const Tensor& labels, const Tensor& classes, int64_t images, int64_t height,
-                  int64_t width) {
-  check_labels(op, labels);
-  check_classes(op, classes);
-  check_size(op, "labels", labels, 0, images, "[B,H,W]");
-  check_size(op, "classes", classes, 0, images, "[B,S]");
-  check(classes.size(1) <= kMaxClasses, op, "classes must have at most ", kMaxClasses, " columns, got ",
-        classes.size(1));
-  for (int64_t b = 0; b < images; ++b) read_classes(op, classes, b);
-  check(labels.size(1) * labels.size(2) <= kMaxLabels, op, "labels must have at most ", kMaxLabels,
-        " pixels per image, got ", labels.size(1), " x ", labels.size(2));
-  check((height > 0 && width > 0) || labels.numel() == 0, op, "features must have at least one pixel, got ",
-        height, " x ", width);
+// Raises for a class below -1.
+auto values_of(const Tensor& classes) {
+  return [&classes](const char* op) {
+    for (int64_t b = 0; b < classes.size(0); ++b) read_classes(op, classes, b);
+  };
 }
 
 // features: [B,C,h,w] float32, bfloat16 or float16, any strides
@@ -279,11 +268,8 @@ void check_common(const char* op, const Tensor& labels, const Tensor& classes, i
 // outputs
 // prototypes: [B,S,C] float32
 Tensor forward(const Tensor& features, const Tensor& labels, const Tensor& classes, double eps) {
-  check_rank(kForward, "features", features, 4, "[B,C,h,w]");
-  check_features(kForward, "features", features.scalar_type());
-  check_cpu(kForward, "features", features);
+  check_forward(features, labels, classes, Place::cpu, values_of(classes));
   const int64_t images = features.size(0);
-  check_common(kForward, labels, classes, images, features.size(2), features.size(3));
   const Geometry g{features.size(2), features.size(3), labels.size(1), labels.size(2)};
 
   const std::array<int64_t, 3> size{images, classes.size(1), features.size(1)};
@@ -304,14 +290,8 @@ Tensor forward(const Tensor& features, const Tensor& labels, const Tensor& class
 // gradient: [B,C,h,w] of `dtype`, contiguous
 Tensor backward(const Tensor& grad, const Tensor& labels, const Tensor& classes, int64_t h, int64_t w,
                 double eps, ScalarType dtype) {
-  check_rank(kBackward, "grad", grad, 3, "[B,S,C]");
-  check_dtype(kBackward, "grad", grad.scalar_type(), {ScalarType::Float}, "float32");
-  check_cpu(kBackward, "grad", grad);
-  check_features(kBackward, "dtype", dtype);
-  check(h >= 0 && w >= 0, kBackward, "h and w must not be negative, got ", h, " x ", w);
+  check_backward(grad, labels, classes, h, w, dtype, Place::cpu, values_of(classes));
   const int64_t images = grad.size(0), channels = grad.size(2);
-  check_common(kBackward, labels, classes, images, h, w);
-  check_size(kBackward, "grad", grad, 1, classes.size(1), "[B,S,C]");
   const Geometry g{h, w, labels.size(1), labels.size(2)};
 
   const std::array<int64_t, 4> size{images, channels, h, w};
@@ -330,10 +310,8 @@ Tensor backward(const Tensor& grad, const Tensor& labels, const Tensor& classes,
 }  // namespace cisc::masked_average_pool
 
 STABLE_TORCH_LIBRARY_FRAGMENT(cisc_ext, m) {
-  m.def("masked_average_pool(Tensor features, Tensor labels, Tensor classes, float eps) -> Tensor");
-  m.def(
-      "masked_average_pool_backward(Tensor grad, Tensor labels, Tensor classes, SymInt h, SymInt w, "
-      "float eps, ScalarType dtype) -> Tensor");
+  m.def(cisc::masked_average_pool::kSchema);
+  m.def(cisc::masked_average_pool::kBackwardSchema);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cisc_ext, CPU, m) {

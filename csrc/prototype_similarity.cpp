@@ -1,13 +1,12 @@
 // prototype_similarity: cosine of each query pixel with each prototype, without a normalised copy of the
 // query.
 
-#include "prototype_similarity.h"
+#include "prototype_similarity_arguments.h"
 
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <tuple>
 
 #include "isa.h"
@@ -19,20 +18,6 @@ namespace cisc::prototype_similarity {
 const Kernels kPortable{&forward, &backward};
 
 namespace {
-
-constexpr const char* kForward = "prototype_similarity";
-constexpr const char* kBackward = "prototype_similarity_backward";
-
-void check_arguments(const char* op, const Tensor& query, const Tensor& prototypes) {
-  check_rank(op, "query", query, 4, "[B,C,h,w]");
-  check_features(op, "query", query.scalar_type());
-  check_cpu(op, "query", query);
-  check_rank(op, "prototypes", prototypes, 3, "[B,S,C]");
-  check_features(op, "prototypes", prototypes.scalar_type());
-  check_cpu(op, "prototypes", prototypes);
-  check_size(op, "prototypes", prototypes, 0, query.size(0), "[B,S,C]");
-  check_size(op, "prototypes", prototypes, 2, query.size(1), "[B,S,C]");
-}
 
 // Unit vectors of some images' prototypes, and 1 / norm, 0 for both where the norm is below eps.
 struct Units {
@@ -68,8 +53,7 @@ Problem problem_of(const Tensor& query, int64_t slots, double eps) {
   p.pixels = query.size(2) * query.size(3);
   p.slots = slots;
   p.query = read_image(query);
-  // The root of a sum of squares is 0 or far above that: with it, 0 is below any eps.
-  p.eps = std::max(static_cast<float>(eps), std::numeric_limits<float>::min());
+  p.eps = norm_limit(eps);
   return p;
 }
 
@@ -95,7 +79,7 @@ void run_tasks(const Problem& p, const Plan& plan, const Units& units, int64_t f
 // outputs
 // similarity: [B,S,h,w] float32, contiguous
 Tensor forward_op(const Tensor& query, const Tensor& prototypes, double eps) {
-  check_arguments(kForward, query, prototypes);
+  check_arguments(kForward, query, prototypes, Place::cpu);
   const int64_t batch = query.size(0), slots = prototypes.size(1);
   const std::array<int64_t, 4> size{batch, slots, query.size(2), query.size(3)};
   const torch::headeronly::IntHeaderOnlyArrayRef shape(size.data(), size.size());
@@ -120,13 +104,9 @@ Tensor forward_op(const Tensor& query, const Tensor& prototypes, double eps) {
 // gradients of query and prototypes, in their dtypes and, where those are dense, their strides
 std::tuple<Tensor, Tensor> backward_op(const Tensor& grad, const Tensor& query, const Tensor& prototypes,
                                        double eps) {
-  check_arguments(kBackward, query, prototypes);
+  check_arguments(kBackward, query, prototypes, Place::cpu);
+  check_grad(grad, query, prototypes, Place::cpu);
   const int64_t batch = query.size(0), slots = prototypes.size(1), channels = query.size(1);
-  check_rank(kBackward, "grad", grad, 4, "[B,S,h,w]");
-  check_dtype(kBackward, "grad", grad.scalar_type(), {ScalarType::Float}, "float32");
-  check_cpu(kBackward, "grad", grad);
-  const std::array<int64_t, 4> size{batch, slots, query.size(2), query.size(3)};
-  for (int64_t d = 0; d < 4; ++d) check_size(kBackward, "grad", grad, d, size[d], "[B,S,h,w]");
   Tensor grad_query = torch::stable::empty_like(query),
          grad_prototypes = torch::stable::empty_like(prototypes);
   Problem p = problem_of(query, slots, eps);
@@ -168,10 +148,8 @@ std::tuple<Tensor, Tensor> backward_op(const Tensor& grad, const Tensor& query, 
 }  // namespace cisc::prototype_similarity
 
 STABLE_TORCH_LIBRARY_FRAGMENT(cisc_ext, m) {
-  m.def("prototype_similarity(Tensor query, Tensor prototypes, float eps) -> Tensor");
-  m.def(
-      "prototype_similarity_backward(Tensor grad, Tensor query, Tensor prototypes, float eps) "
-      "-> (Tensor, Tensor)");
+  m.def(cisc::prototype_similarity::kSchema);
+  m.def(cisc::prototype_similarity::kBackwardSchema);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cisc_ext, CPU, m) {

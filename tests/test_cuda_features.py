@@ -1,0 +1,120 @@
+"""Pooling and prototypes where GPU kernels take another path: planes that start anywhere, rows that are cropped,
+more channels or classes than a block holds, many labels for a pixel, weights that do not fit at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from numerics import assert_close
+from opcases import DEVICES, run, skip_unless_able
+from oprule import assert_meets_rule
+from torch import Tensor
+
+from benchmarks import naive
+from cisc_ext import ops
+from cisc_ext.ops.registry import OPERATORS
+
+
+def _judge(name: str, inputs: dict[str, Any], device: str) -> None:
+    placed = {key: value.to(device) for key, value in inputs.items()}
+    for key in OPERATORS[name].features:  # `to` keeps strides only where nothing is copied
+        if placed[key].stride() != inputs[key].stride():
+            placed[key] = torch.empty_strided(inputs[key].shape, inputs[key].stride(), device=device).copy_(
+                inputs[key]
+            )
+    (cpp,) = (one for one in OPERATORS[name].implementations if one.name == "cpp")
+    skip_unless_able(OPERATORS[name], cpp, placed)
+    assert_meets_rule(OPERATORS[name], "cpp", placed)
+
+
+def _shifted(by: int) -> Callable[[Tensor], Tensor]:
+    def lay(x: Tensor) -> Tensor:
+        memory = torch.full((x.numel() + by,), torch.nan, dtype=x.dtype)
+        return memory[by:].view(x.shape).copy_(x)
+
+    return lay
+
+
+def _last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "planes": lambda x: x.contiguous(),
+    "planes from 1 on": _shifted(1),
+    "planes from 6 on": _shifted(6),
+    "cropped planes": lambda x: torch.nn.functional.pad(x, (3, 2), value=torch.nan)[..., 3:-2],
+    "pixels": _last,
+    "cropped pixels": lambda x: _last(torch.nn.functional.pad(x, (3, 2), value=torch.nan))[..., 3:-2],
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("slots", [1, 3, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_pooling(layout: str, dtype: torch.dtype, slots: int, device: str) -> None:
+    """Odd planes; labels in blobs, so that some pixels have no class and some several."""
+    features = LAYOUTS[layout](torch.randn(2, 24, 23, 29).to(dtype))
+    low = torch.randint(0, 45, (2, 9, 11)) if slots > 3 else torch.randint(0, slots + 1, (2, 9, 11))
+    labels = low.repeat_interleave(7, 1).repeat_interleave(8, 2).to(torch.uint8)
+    _judge(
+        "masked_average_pool",
+        {"features": features, "labels": labels, "classes": torch.arange(slots).repeat(2, 1)},
+        device,
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("slots", [1, 3, 25])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_prototypes(layout: str, dtype: torch.dtype, slots: int, device: str) -> None:
+    query = LAYOUTS[layout](torch.randn(2, 24, 23, 29).to(dtype))
+    _judge("prototype_similarity", {"query": query, "prototypes": torch.randn(2, slots, 24)}, device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("slots", [1, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["planes", "pixels"])
+def test_more_channels_than_a_block_holds(layout: str, dtype: torch.dtype, slots: int, device: str) -> None:
+    for channels in (257 if layout == "planes" else 264, 520):
+        query = LAYOUTS[layout](torch.randn(1, channels, 5, 17).to(dtype))
+        labels = torch.randint(0, slots + 2, (1, 10, 34))
+        classes = torch.arange(slots)[None]
+        _judge("masked_average_pool", {"features": query, "labels": labels, "classes": classes}, device)
+        prototypes = torch.randn(1, slots, channels)
+        _judge("prototype_similarity", {"query": query, "prototypes": prototypes}, device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("size", [(1, 1), (3, 2), (2, 40), (40, 2)], ids=str)
+def test_many_labels_of_a_pixel(size: tuple[int, int], device: str) -> None:
+    for dtype in (torch.uint8, torch.int64):
+        labels = torch.randint(0, 4, (2, 201, 603)).to(dtype)
+        features = torch.randn(2, 5, *size)
+        classes = torch.tensor([[0, 2, 300], [3, 3, -1]])
+        _judge("masked_average_pool", {"features": features, "labels": labels, "classes": classes}, device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_weights_of_a_row_that_do_not_fit_at_once(device: str) -> None:
+    """Parts of a row, and the sums of the earlier ones go into the mean."""
+    slots, width = 9000, 750
+    inputs: dict[str, Any] = {
+        "features": torch.randn(1, 2, 1, width, device=device),
+        "labels": torch.randint(0, slots, (1, 1, width), device=device),
+        "classes": torch.arange(slots, device=device)[None],
+    }
+    operator = OPERATORS["masked_average_pool"]
+    (cpp,) = (one for one in operator.implementations if one.name == "cpp")
+    skip_unless_able(operator, cpp, inputs)
+    got = run(ops.masked_average_pool, inputs | {"impl": "cpp"}, ("features",))
+    exact = inputs | {"features": inputs["features"].double()}
+    want = run(naive.masked_average_pool, exact, ("features",))
+    for name, value in got.items():
+        assert_close(value.double(), want[name], 1e-6, what=name)
