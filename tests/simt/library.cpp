@@ -2,11 +2,8 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "cross_similarity_arguments.h"
 #include "predict_arguments.h"
-
-#define CISC_PAIR_ARGUMENTS                                                    \
-  "Tensor query, Tensor guide, Tensor guide_labels, Tensor? classes, Tensor? " \
-  "query_labels, str reduction, int k, float temperature, int ignore_index, float eps"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(cisc_ext, m) {
   m.def(cisc::predict::kSchema);
@@ -28,9 +25,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cisc_ext, m) {
   m.def(
       "prototype_similarity_backward(Tensor grad, Tensor query, Tensor prototypes, float eps) "
       "-> (Tensor, Tensor)");
-  m.def("cross_similarity(" CISC_PAIR_ARGUMENTS
-        ", bool return_index) -> (Tensor similarity, Tensor index, Tensor saved)");
-  m.def(
-      "cross_similarity_backward(Tensor grad, Tensor similarity, Tensor index, Tensor "
-      "saved, " CISC_PAIR_ARGUMENTS ", bool need_query, bool need_guide) -> (Tensor, Tensor)");
+  m.def(cisc::cross_similarity::kSchema);
+  m.def(cisc::cross_similarity::kBackwardSchema);
 }
