@@ -249,9 +249,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_op(const Tensor& query, const Tensor&
 }  // namespace
 }  // namespace cisc::cross_similarity
 
-STABLE_TORCH_LIBRARY_FRAGMENT(cisc_ext, m) {
-  m.def(cisc::cross_similarity::kSchema);
-}
+STABLE_TORCH_LIBRARY_FRAGMENT(cisc_ext, m) { m.def(cisc::cross_similarity::kSchema); }
 
 STABLE_TORCH_LIBRARY_IMPL(cisc_ext, CPU, m) {
   m.impl("cross_similarity", TORCH_BOX(&cisc::cross_similarity::forward_op));

@@ -304,7 +304,8 @@ std::tuple<Tensor, Tensor> backward_op(const Tensor& grad, const Tensor& similar
   const Inputs in{query, guide, guide_labels, classes, query_labels, settings, kBackward};
   check_backward(in, grad, similarity, index, saved, Place::cpu);
   Winners winners{nullptr, 1};
-  if (settings.reduction == Reduction::max) winners.data = static_cast<const int64_t*>(index.const_data_ptr());
+  if (settings.reduction == Reduction::max)
+    winners.data = static_cast<const int64_t*>(index.const_data_ptr());
   if (settings.reduction == Reduction::topk) {
     winners = {static_cast<const int64_t*>(saved.const_data_ptr()), in.winners()};
   }
@@ -347,9 +348,7 @@ std::tuple<Tensor, Tensor> backward_op(const Tensor& grad, const Tensor& similar
 }  // namespace
 }  // namespace cisc::cross_similarity
 
-STABLE_TORCH_LIBRARY_FRAGMENT(cisc_ext, m) {
-  m.def(cisc::cross_similarity::kBackwardSchema);
-}
+STABLE_TORCH_LIBRARY_FRAGMENT(cisc_ext, m) { m.def(cisc::cross_similarity::kBackwardSchema); }
 
 STABLE_TORCH_LIBRARY_IMPL(cisc_ext, CPU, m) {
   m.impl("cross_similarity_backward", TORCH_BOX(&cisc::cross_similarity::backward_op));

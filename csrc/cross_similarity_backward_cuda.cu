@@ -342,7 +342,7 @@ __device__ __forceinline__ void add_vectors(const Side& streamed, int64_t first_
 
 // A block has 64 pixels of the side that the gradient goes to, and 64 of their channels.
 template <bool softmax>
-__global__ void __launch_bounds__(kThreads) pair_gradient_kernel(Kernel p, bool to_query) {
+__global__ void __launch_bounds__(kThreads, 2) pair_gradient_kernel(Kernel p, bool to_query) {
   CISC_SHARED(shared, PairTile);
   Tile& tile = shared.tile;
   const int64_t slices = ceil_div(p.held.channels, kTile), tiles = ceil_div(p.held.pixels, kTile);

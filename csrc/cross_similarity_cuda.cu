@@ -65,6 +65,8 @@ struct State {
   }
 };
 
+static_assert(sizeof(State) == 32, "what tests/test_class_sort.py reckons with");
+
 // Winners of "topk" as numbers of 64 bits that are the larger, the better: a cosine, then the lowest index.
 __device__ __forceinline__ int64_t pack_winner(float value, int32_t pixel) {
   // NaN is better than all cosines, and stands as inf.
