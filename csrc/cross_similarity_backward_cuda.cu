@@ -561,6 +561,9 @@ std::tuple<Tensor, Tensor> cuda_backward(const Tensor& grad, const Tensor& simil
   const Gpu gpu(kBackward, "query", query);
   check_devices(in);
   check_same_device(kBackward, "grad", grad, query);
+  check_same_device(kBackward, "similarity", similarity, query);
+  check_same_device(kBackward, "index", index, query);
+  check_same_device(kBackward, "saved", saved, query);
   if (classes) check_class_values(kBackward, *classes);
   const bool max = settings.reduction == Reduction::max, topk = settings.reduction == Reduction::topk;
   const bool softmax = settings.reduction == Reduction::softmax;

@@ -17,12 +17,14 @@ constexpr int kCombineThreads = 128;
 
 // What a pixel's cosines have come to so far.
 struct State {
-  float best = -kInfinity;
-  int32_t index = -1;      // of the best; of "topk", how many winners there are
-  float top = -kInfinity;  // of "softmax", the cosine that weights are relative to
-  int32_t unused = 0;
-  double total = 0.0;  // "softmax": sum of weights 2^((cosine - top) * steepness); "mean": number of cosines
-  double weighted = 0.0;  // "softmax": sum of weight * (cosine - top); "mean": sum of the cosines
+  float best;
+  int32_t index;  // of the best, or -1; of "topk", how many winners there are
+  float top;      // of "softmax", the cosine that weights are relative to
+  int32_t unused;
+  double total;     // "softmax": sum of weights 2^((cosine - top) * steepness); "mean": number of cosines
+  double weighted;  // "softmax": sum of weight * (cosine - top); "mean": sum of the cosines
+
+  __device__ static State none() { return {-kInfinity, -1, -kInfinity, 0, 0.0, 0.0}; }
 
   // NaN is better than all else; of equal ones the lowest index.
   __device__ __forceinline__ void take_best(float value, int32_t pixel) {
@@ -69,8 +71,8 @@ static_assert(sizeof(State) == 32, "what tests/test_class_sort.py reckons with")
 
 // Winners of "topk" as numbers of 64 bits that are the larger, the better: a cosine, then the lowest index.
 __device__ __forceinline__ int64_t pack_winner(float value, int32_t pixel) {
-  // NaN is better than all cosines, and stands as inf.
-  const uint32_t bits = __float_as_uint(isnan(value) ? kInfinity : value);
+  // NaN is better than all cosines, and stands as inf; -0 is no worse than 0.
+  const uint32_t bits = __float_as_uint(isnan(value) ? kInfinity : value + 0.0f);
   const uint32_t rank = (bits & 0x80000000u) != 0 ? ~bits : bits ^ 0x80000000u;
   // As signed numbers, so that winners and their indices may lie in the same memory.
   return static_cast<int64_t>(static_cast<uint64_t>(rank ^ 0x80000000u) << 32 |
@@ -174,7 +176,7 @@ __global__ void __launch_bounds__(kThreads, 2) compare_kernel(Kernel p) {
   }
   const bool inside = tile.held.pixel[row] >= 0;
   const float* cosines = tile.cosines + part * kColumns * kPitch + row;
-  State state;
+  State state = State::none();
   const int64_t result = static_cast<int64_t>(blockIdx.x) * kTile + row;
   Heap heap{nullptr, p.k, 0};
   if (reduction == Reduction::topk) {
@@ -287,7 +289,7 @@ __global__ void __launch_bounds__(kCombineThreads) combine_kernel(Kernel p) {
   const int64_t b = p.query.first + job.image, position = job.tile * kTile + row;
   if (position >= p.query.count(b)) return;
   const int64_t place = p.place(b, job.slot, p.query.pixel_at(b, position));
-  State state;
+  State state = State::none();
   float value = 0.0f;
   if (reduction == Reduction::topk) {
     Heap heap{p.saved + place * p.k, p.k, 0};

@@ -1,4 +1,4 @@
-"""Pixels sorted by class for GPU kernels, and who meets whom: class_sort.h against brute force on the host."""
+"""Pixels sorted by class for GPU kernels, and who meets whom: class_sort.h against brute force."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _constant(source: str, name: str) -> int:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 def test_every_pair_of_equal_labels_is_met_once(tmp_path: Path) -> None:
-    """Up to 131072 pixels against as many; schedules within their workspace, for what forward keeps of a pixel."""
+    """Up to 131072 pixels against as many; and what schedules leave fits their workspace."""
     program = tmp_path / "class_sort"
     flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-I", str(CSRC)]
     subprocess.run(["g++", *flags, str(TESTS / "class_sort.cpp"), "-o", str(program)], check=True)
