@@ -15,8 +15,6 @@ extern const Kernels kPortable = kKernels;
 
 namespace {
 
-constexpr const char* kForward = "cross_similarity";
-
 // Results of forward, contiguous.
 struct Outputs {
   float* similarity;  // [B,S,h,w]
@@ -220,7 +218,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_op(const Tensor& query, const Tensor&
                                               bool return_index) {
   const Settings settings{reduction_of(kForward, reduction), k, temperature, ignore_index, eps};
   const Inputs in{query, guide, guide_labels, classes, query_labels, settings, kForward};
-  check_inputs(in);
+  check_inputs(in, Place::cpu);
   const bool topk = settings.reduction == Reduction::topk, softmax = settings.reduction == Reduction::softmax;
   const bool indexed = return_index || settings.reduction == Reduction::max;
   const std::vector<int64_t> shape{in.batch(), in.slots(), query.size(2), query.size(3)}, none{0};
@@ -251,10 +249,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_op(const Tensor& query, const Tensor&
 }  // namespace
 }  // namespace cisc::cross_similarity
 
-STABLE_TORCH_LIBRARY_FRAGMENT(cisc_ext, m) {
-  m.def("cross_similarity(" CISC_PAIR_ARGUMENTS
-        ", bool return_index) -> (Tensor similarity, Tensor index, Tensor saved)");
-}
+STABLE_TORCH_LIBRARY_FRAGMENT(cisc_ext, m) { m.def(cisc::cross_similarity::kSchema); }
 
 STABLE_TORCH_LIBRARY_IMPL(cisc_ext, CPU, m) {
   m.impl("cross_similarity", TORCH_BOX(&cisc::cross_similarity::forward_op));

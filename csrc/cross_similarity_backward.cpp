@@ -10,8 +10,6 @@
 namespace cisc::cross_similarity {
 namespace {
 
-constexpr const char* kBackward = "cross_similarity_backward";
-
 // grad: [B,S,h,w] float32, any strides
 struct Gradient {
   const float* data;
@@ -291,16 +289,6 @@ void mean_to_guide(const Pair& pair, const Gradient& grad, const Image<void*>& t
             });
 }
 
-void check_saved(const char* name, const Tensor& tensor, const std::vector<int64_t>& size, ScalarType dtype) {
-  check_rank(kBackward, name, tensor, static_cast<int64_t>(size.size()), "as forward gave it");
-  for (size_t d = 0; d < size.size(); ++d) {
-    check_size(kBackward, name, tensor, static_cast<int64_t>(d), size[d], "as forward gave it");
-  }
-  check(tensor.scalar_type() == dtype && tensor.is_contiguous(), kBackward, name, " must be contiguous ",
-        torch::headeronly::toString(dtype), " as forward gave it");
-  check_cpu(kBackward, name, tensor);
-}
-
 // grad: [B,S,h,w] float32, any strides
 // similarity, index, saved: what forward has given
 // the others: as in `forward_op`
@@ -314,31 +302,17 @@ std::tuple<Tensor, Tensor> backward_op(const Tensor& grad, const Tensor& similar
                                        bool need_query, bool need_guide) {
   const Settings settings{reduction_of(kBackward, reduction), k, temperature, ignore_index, eps};
   const Inputs in{query, guide, guide_labels, classes, query_labels, settings, kBackward};
-  check_inputs(in);
-  const std::vector<int64_t> shape{in.batch(), in.slots(), query.size(2), query.size(3)}, none{0};
-  check_rank(kBackward, "grad", grad, 4, "[B,S,h,w]");
-  check_dtype(kBackward, "grad", grad.scalar_type(), {ScalarType::Float}, "float32");
-  check_cpu(kBackward, "grad", grad);
-  for (int64_t d = 0; d < 4; ++d) check_size(kBackward, "grad", grad, d, shape[d], "[B,S,h,w]");
+  check_backward(in, grad, similarity, index, saved, Place::cpu);
   Winners winners{nullptr, 1};
-  if (settings.reduction == Reduction::max) {
-    check_saved("index", index, shape, ScalarType::Long);
+  if (settings.reduction == Reduction::max)
     winners.data = static_cast<const int64_t*>(index.const_data_ptr());
-  } else if (settings.reduction == Reduction::topk) {
-    std::vector<int64_t> of_saved(shape);
-    of_saved.push_back(in.winners());
-    check_saved("saved", saved, of_saved, ScalarType::Long);
+  if (settings.reduction == Reduction::topk) {
     winners = {static_cast<const int64_t*>(saved.const_data_ptr()), in.winners()};
-  } else if (settings.reduction == Reduction::softmax) {
-    check_saved("similarity", similarity, shape, ScalarType::Float);
-    check_saved("saved", saved, shape, ScalarType::Float);
   }
   if (winners.data != nullptr) {
-    const int64_t all = grad.numel() * winners.count;
-    const auto [least, most] = std::minmax_element(winners.data, winners.data + all);
-    check(all == 0 || (*least >= -1 && *most < in.guide_pixels()), kBackward,
-          "winners must be -1 or pixels of the guide");
+    check_winners(in, winners.data, grad.numel() * winners.count);
   }
+  const std::vector<int64_t> none{0};
   const Gradient gradient{static_cast<const float*>(grad.const_data_ptr()),
                           {grad.stride(0), grad.stride(1), grad.stride(2), grad.stride(3)},
                           query.size(3)};
@@ -374,11 +348,7 @@ std::tuple<Tensor, Tensor> backward_op(const Tensor& grad, const Tensor& similar
 }  // namespace
 }  // namespace cisc::cross_similarity
 
-STABLE_TORCH_LIBRARY_FRAGMENT(cisc_ext, m) {
-  m.def(
-      "cross_similarity_backward(Tensor grad, Tensor similarity, Tensor index, Tensor "
-      "saved, " CISC_PAIR_ARGUMENTS ", bool need_query, bool need_guide) -> (Tensor, Tensor)");
-}
+STABLE_TORCH_LIBRARY_FRAGMENT(cisc_ext, m) { m.def(cisc::cross_similarity::kBackwardSchema); }
 
 STABLE_TORCH_LIBRARY_IMPL(cisc_ext, CPU, m) {
   m.impl("cross_similarity_backward", TORCH_BOX(&cisc::cross_similarity::backward_op));

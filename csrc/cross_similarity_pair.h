@@ -1,98 +1,14 @@
-// A query image and its guide as cross_similarity takes them: arguments, sides sorted by class, sums.
+// A query image and its guide as cross_similarity takes them: sides sorted by class, sums.
 #pragma once
 
-#include <limits>
-#include <optional>
-#include <string>
 #include <vector>
 
-#include "cross_similarity.h"
+#include "cross_similarity_arguments.h"
 #include "cross_similarity_sweep.h"
 
 namespace cisc::cross_similarity {
 
-constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
-constexpr int64_t kMostSide = 1LL << 30, kMostPixels = (1LL << 31) - 64;  // positions are int32
-constexpr double kLn2 = 0.69314718055994531;
-
-using MaybeTensor = std::optional<Tensor>;
-
-// What both schemas name after their own tensors.
-#define CISC_PAIR_ARGUMENTS                                                    \
-  "Tensor query, Tensor guide, Tensor guide_labels, Tensor? classes, Tensor? " \
-  "query_labels, str reduction, int k, float temperature, int ignore_index, float eps"
-
 inline const Kernels& kernels() { return CISC_PICK(kPortable, kAvx2, kAvx512, kAvx512Bf16); }
-
-struct Settings {
-  Reduction reduction;
-  int64_t k;
-  double temperature;
-  int64_t ignore_index;
-  double eps;
-
-  // log2(e) / temperature, finite for the smallest temperature too, where the best cosine takes all.
-  float steepness() const { return static_cast<float>(std::min(1.0 / (kLn2 * temperature), 1e37)); }
-};
-
-inline Reduction reduction_of(const char* op, const std::string& name) {
-  Reduction found{};
-  if (find_reduction(name, &found)) return found;
-  fail(op, "reduction must be max, topk, softmax or mean, got ", name);
-}
-
-// What both directions are given.
-struct Inputs {
-  const Tensor &query, &guide, &guide_labels;
-  const MaybeTensor &classes, &query_labels;
-  Settings settings;
-  const char* op;
-
-  int64_t batch() const { return query.size(0); }
-  int64_t channels() const { return query.size(1); }
-  int64_t query_pixels() const { return query.size(2) * query.size(3); }
-  int64_t guide_pixels() const { return guide.size(2) * guide.size(3); }
-  int64_t slots() const { return classes ? classes->size(1) : 1; }
-  int64_t winners() const { return std::max<int64_t>(std::min(settings.k, guide_pixels()), 1); }
-};
-
-inline void check_image(const char* op, const char* name, const Tensor& image, const char* shape) {
-  check_rank(op, name, image, 4, shape);
-  check_features(op, name, image.scalar_type());
-  check_cpu(op, name, image);
-  const int64_t h = image.size(2), w = image.size(3);
-  check(h <= kMostSide && w <= kMostSide && h * w <= kMostPixels, op, name, " must have at most ",
-        kMostPixels, " pixels, got ", h, " x ", w);
-}
-
-inline void check_pair_labels(const char* op, const char* name, const Tensor& labels, const Tensor& image) {
-  check_labels(op, labels, name);
-  check_size(op, name, labels, 0, image.size(0), "[B,H,W]");
-  check(labels.size(1) <= kMostSide && labels.size(2) <= kMostSide, op, name, " must have sides of at most ",
-        kMostSide, " pixels, got ", labels.size(1), " x ", labels.size(2));
-  check(labels.size(1) * labels.size(2) > 0 || image.size(2) * image.size(3) == 0, op, name,
-        " must have at least one pixel");
-}
-
-inline void check_inputs(const Inputs& in) {
-  const char* op = in.op;
-  check_image(op, "query", in.query, "[B,C,h,w]");
-  check_image(op, "guide", in.guide, "[B,C,h',w']");
-  check_size(op, "guide", in.guide, 0, in.batch(), "[B,C,h',w']");
-  check_size(op, "guide", in.guide, 1, in.channels(), "[B,C,h',w']");
-  check_pair_labels(op, "guide_labels", in.guide_labels, in.guide);
-  check(in.classes.has_value() != in.query_labels.has_value(), op,
-        "exactly one of classes and query_labels must be given");
-  if (in.classes) {
-    check_classes(op, *in.classes);
-    check_size(op, "classes", *in.classes, 0, in.batch(), "[B,S]");
-  }
-  if (in.query_labels) check_pair_labels(op, "query_labels", *in.query_labels, in.query);
-  check(in.settings.k > 0, op, "k must be at least 1, got ", in.settings.k);
-  check(in.settings.temperature >= std::numeric_limits<float>::min(), op,
-        "temperature must be at least 1.17549e-38, got ", in.settings.temperature);
-  check(in.settings.eps > 0.0, op, "eps must be above 0, got ", in.settings.eps);
-}
 
 // Labels of two images that may be equal, without the one to ignore, as numbers.
 struct OwnLabels {

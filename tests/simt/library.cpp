@@ -2,26 +2,20 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "cross_similarity_arguments.h"
 #include "map_consistency_arguments.h"
 #include "masked_average_pool_arguments.h"
 #include "predict_arguments.h"
 #include "prototype_similarity_arguments.h"
 #include "rectified_cross_entropy_arguments.h"
 
-#define CISC_PAIR_ARGUMENTS                                                    \
-  "Tensor query, Tensor guide, Tensor guide_labels, Tensor? classes, Tensor? " \
-  "query_labels, str reduction, int k, float temperature, int ignore_index, float eps"
-
 STABLE_TORCH_LIBRARY_FRAGMENT(cisc_ext, m) {
   m.def(cisc::masked_average_pool::kSchema);
   m.def(cisc::masked_average_pool::kBackwardSchema);
   m.def(cisc::prototype_similarity::kSchema);
   m.def(cisc::prototype_similarity::kBackwardSchema);
-  m.def("cross_similarity(" CISC_PAIR_ARGUMENTS
-        ", bool return_index) -> (Tensor similarity, Tensor index, Tensor saved)");
-  m.def(
-      "cross_similarity_backward(Tensor grad, Tensor similarity, Tensor index, Tensor "
-      "saved, " CISC_PAIR_ARGUMENTS ", bool need_query, bool need_guide) -> (Tensor, Tensor)");
+  m.def(cisc::cross_similarity::kSchema);
+  m.def(cisc::cross_similarity::kBackwardSchema);
   m.def(cisc::map_consistency::kSchema);
   m.def(cisc::rectified_cross_entropy::kSchema);
   m.def(cisc::rectified_cross_entropy::kBackwardSchema);

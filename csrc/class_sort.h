@@ -1,0 +1,129 @@
+// Pixels sorted by the class of their label on a GPU, and what of it a tile of pixels has to meet. Shared by
+// host and device code; needs no torch header.
+//
+// A label goes to one of 256 bins. Bytes have a bin for each value; of wider labels several may share one, so
+// that whoever meets a bin compares the labels too. The sort is stable: in chunks of items, the bins are
+// counted; counts become places; each bin's items go to their place in order.
+#pragma once
+
+#include <cstdint>
+
+#include "bilinear.h"
+
+namespace cisc::class_sort {
+
+constexpr int kBins = 256;
+constexpr int kChunk = 1024;        // items
+constexpr int kTile = 64;           // pixels that are compared together
+constexpr int64_t kBlocks = 512;    // at least wanted, several for each multiprocessor of a large GPU
+constexpr int64_t kLeastTiles = 4;  // of the streamed side, that are worth a block
+
+CISC_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+CISC_HD int32_t bin_of(int64_t label) { return static_cast<int32_t>(static_cast<uint64_t>(label) % kBins); }
+
+CISC_HD int64_t chunks_of(int64_t items) { return ceil_div(items, kChunk); }
+
+// Counts of a bin in each chunk become the number of its items in those in front; returns that in all.
+// counts: [chunks,kBins]
+CISC_HD int32_t count_in_front(int32_t* counts, int64_t chunks, int32_t bin) {
+  int32_t sum = 0;
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    int32_t& count = counts[chunk * kBins + bin];
+    const int32_t here = count;
+    count = sum;
+    sum += here;
+  }
+  return sum;
+}
+
+// Items of a bin in a chunk, ascending, to their place in the order.
+// bins: [items], of the chunk, -1 = left out
+CISC_HD void scatter(const int32_t* bins, int64_t items, int32_t bin, int64_t first_item, int64_t place,
+                     // outputs
+                     int32_t* order) {
+  for (int64_t i = 0; i < items; ++i) {
+    if (bins[i] == bin) order[place++] = static_cast<int32_t>(first_item + i);
+  }
+}
+
+// Positions of a sorted side that a tile has to meet: ranges one after the other, none twice.
+struct SkipList {
+  int32_t count;
+  int32_t begin[kTile];
+  int32_t behind[kTile];  // numbers of positions up to the end of a range
+
+  CISC_HD void clear() { count = 0; }
+
+  CISC_HD int64_t length() const { return count > 0 ? behind[count - 1] : 0; }
+
+  CISC_HD void add(int64_t from, int64_t to) {
+    if (from >= to) return;
+    const int64_t before = length();
+    begin[count] = static_cast<int32_t>(from);
+    behind[count] = static_cast<int32_t>(before + to - from);
+    ++count;
+  }
+
+  // Rows of a tile whose bins never fall, each with its bin's range [from,to) on the other side.
+  CISC_HD void add_rows(const int32_t* bins, const int32_t* from, const int32_t* to, int rows) {
+    for (int row = 0; row < rows; ++row) {
+      if (row == 0 || bins[row] != bins[row - 1]) add(from[row], to[row]);
+    }
+  }
+
+  // The position that comes as number `at` < length().
+  CISC_HD int64_t position(int64_t at) const {
+    int32_t low = 0, high = count - 1;
+    while (low < high) {
+      const int32_t middle = (low + high) / 2;
+      if (at < behind[middle]) {
+        high = middle;
+      } else {
+        low = middle + 1;
+      }
+    }
+    return begin[low] + (at - (low > 0 ? behind[low - 1] : 0));
+  }
+};
+
+// What a block does.
+struct Job {
+  int64_t image, slot, tile, split;
+};
+
+// Tiles of one side, in order of images and slots; each meets what it has to of the other side in `splits`
+// blocks.
+struct Schedule {
+  int64_t images, slots, tiles, splits;
+
+  // By shapes alone, so that a sum has the same parts on every GPU. pixels, streamed: of an image
+  CISC_HD static Schedule of(int64_t images, int64_t slots, int64_t pixels, int64_t streamed) {
+    Schedule s{images, slots, ceil_div(pixels, kTile), 1};
+    const int64_t all = s.units();
+    if (all == 0) return s;
+    const int64_t wanted = ceil_div(kBlocks, all), most = ceil_div(streamed, kTile) / kLeastTiles;
+    s.splits = wanted < most ? wanted : most;
+    if (s.splits < 1) s.splits = 1;
+    return s;
+  }
+
+  CISC_HD int64_t units() const { return images * slots * tiles; }
+
+  CISC_HD Job job(int64_t unit, int64_t split) const {
+    return {unit / tiles / slots, unit / tiles % slots, unit % tiles, split};
+  }
+
+  // Units whose blocks' results fit together, one for each of the tile's pixels and each split.
+  CISC_HD int64_t units_at_once(int64_t bytes, int64_t pixel_bytes) const {
+    const int64_t fit = bytes / (splits * kTile * pixel_bytes);
+    return fit < 1 ? 1 : fit < units() ? fit : units();
+  }
+
+  // First of the list's tiles that a split meets; that of the next split is behind its last.
+  CISC_HD int64_t first_tile(const SkipList& list, int64_t split) const {
+    return ceil_div(list.length(), kTile) * split / splits;
+  }
+};
+
+}  // namespace cisc::class_sort

@@ -1,0 +1,436 @@
+// cross_similarity on a GPU: tiles of 64 x 64 cosines in float32, reduced while they are in shared memory.
+//
+// Work: C fused multiply-adds for each pair of pixels that is compared; for 16384 pixels against as many with
+// 256 channels 69 G of them, on 132 x 128 lanes at 1.75 GHz 2.3 ms at best. A tile's are fed from shared
+// memory, two reads of 16 bytes for 16 of them, which is as long again.
+
+#include <algorithm>
+#include <tuple>
+
+#include "cross_similarity_device.cuh"
+
+namespace cisc::cross_similarity {
+namespace {
+
+constexpr int64_t kSharedWinners = 32;  // of a pixel, that are kept in shared memory
+constexpr int kCombineThreads = 128;
+
+// What a pixel's cosines have come to so far.
+struct State {
+  float best;
+  int32_t index;  // of the best, or -1; of "topk", how many winners there are
+  float top;      // of "softmax", the cosine that weights are relative to
+  int32_t unused;
+  double total;     // "softmax": sum of weights 2^((cosine - top) * steepness); "mean": number of cosines
+  double weighted;  // "softmax": sum of weight * (cosine - top); "mean": sum of the cosines
+
+  __device__ static State none() { return {-kInfinity, -1, -kInfinity, 0, 0.0, 0.0}; }
+
+  // NaN is better than all else; of equal ones the lowest index.
+  __device__ __forceinline__ void take_best(float value, int32_t pixel) {
+    if (value > best || (isnan(value) && !isnan(best))) {
+      best = value;
+      index = pixel;
+    }
+  }
+
+  // A best one of other pixels.
+  __device__ void merge_best(float value, int32_t pixel) {
+    if (pixel < 0) return;
+    const bool equal = value == best || (isnan(value) && isnan(best));
+    if (index < 0 || (equal ? pixel < index : value > best || isnan(value))) {
+      best = value;
+      index = pixel;
+    }
+  }
+
+  // Make weights relative to a larger cosine. NaN stays.
+  __device__ __forceinline__ void raise(float to, double steepness) {
+    if (!(to > top)) return;
+    if (top > -kInfinity) {
+      const double by = static_cast<double>(top) - static_cast<double>(to), factor = ::exp2(by * steepness);
+      weighted = factor * (weighted + total * by);
+      total *= factor;
+    }
+    top = to;
+  }
+
+  __device__ void merge(const State& other, Reduction reduction, double steepness) {
+    merge_best(other.best, other.index);
+    State b = other;
+    if (reduction == Reduction::softmax) {
+      raise(b.top, steepness);
+      b.raise(top, steepness);
+    }
+    total += b.total;
+    weighted += b.weighted;
+  }
+};
+
+static_assert(sizeof(State) == 32, "what tests/test_class_sort.py reckons with");
+
+// Winners of "topk" as numbers of 64 bits that are the larger, the better: a cosine, then the lowest index.
+__device__ __forceinline__ int64_t pack_winner(float value, int32_t pixel) {
+  // NaN is better than all cosines, and stands as inf; -0 is no worse than 0.
+  const uint32_t bits = __float_as_uint(isnan(value) ? kInfinity : value + 0.0f);
+  const uint32_t rank = (bits & 0x80000000u) != 0 ? ~bits : bits ^ 0x80000000u;
+  // As signed numbers, so that winners and their indices may lie in the same memory.
+  return static_cast<int64_t>(static_cast<uint64_t>(rank ^ 0x80000000u) << 32 |
+                              (0xffffffffu - static_cast<uint32_t>(pixel)));
+}
+
+__device__ __forceinline__ float value_of(int64_t winner) {
+  const uint32_t rank = static_cast<uint32_t>(static_cast<uint64_t>(winner) >> 32) ^ 0x80000000u;
+  return __uint_as_float((rank & 0x80000000u) != 0 ? rank ^ 0x80000000u : ~rank);
+}
+
+__device__ __forceinline__ int32_t pixel_of(int64_t winner) {
+  return static_cast<int32_t>(0xffffffffu -
+                              static_cast<uint32_t>(static_cast<uint64_t>(winner) & 0xffffffffu));
+}
+
+// A heap of the k best, the worst of them at the root.
+struct Heap {
+  int64_t* at;
+  int64_t k, count;
+
+  __device__ bool wants(int64_t winner) const { return count < k || winner > at[0]; }
+
+  // Let `winner` sink from `place` in a heap of `size`; before(a, b): a belongs nearer to the root.
+  template <typename Before>
+  __device__ void sink(int64_t place, int64_t size, int64_t winner, const Before& before) {
+    for (;;) {
+      int64_t below = 2 * place + 1;
+      if (below >= size) break;
+      if (below + 1 < size && before(at[below + 1], at[below])) ++below;
+      if (!before(at[below], winner)) break;
+      at[place] = at[below];
+      place = below;
+    }
+    at[place] = winner;
+  }
+
+  __device__ void push(int64_t winner) {
+    const auto worse = [](int64_t a, int64_t b) { return a < b; };
+    if (count == k) return sink(0, count, winner, worse);
+    int64_t place = count++;
+    while (place > 0 && winner < at[(place - 1) / 2]) {
+      at[place] = at[(place - 1) / 2];
+      place = (place - 1) / 2;
+    }
+    at[place] = winner;
+  }
+
+  // By index, ascending: an order that does not depend on how they came.
+  __device__ void sort_by_index() {
+    const auto later = [](int64_t a, int64_t b) { return pixel_of(a) > pixel_of(b); };
+    for (int64_t place = count / 2; place-- > 0;) sink(place, count, at[place], later);
+    for (int64_t size = count; size-- > 1;) {
+      const int64_t last = at[size];
+      at[size] = at[0];
+      sink(0, size, last, later);
+    }
+  }
+};
+
+struct Kernel {
+  Side query, guide;
+  Classes classes;
+  Schedule schedule;  // of the images whose sides are ready
+  int64_t first_unit, units;
+  float steepness;
+  int64_t k;
+  bool indexed, shared_winners;
+  State* states;      // [units,splits,64]
+  int64_t* winners;   // [units,splits,64,k] where shared_winners
+  float* similarity;  // [B,S,h,w]
+  int64_t* index;     // [B,S,h,w]
+  int64_t* saved;     // [B,S,h,w,k] of "topk"
+  float* log_totals;  // [B,S,h,w] of "softmax"
+
+  // Place of a pixel in a tensor [B,S,h,w].
+  __device__ int64_t place(int64_t b, int64_t slot, int64_t pixel) const {
+    return (b * schedule.slots + slot) * query.pixels + pixel;
+  }
+};
+
+// A block has 64 query pixels, and a part of the guide's pixels that they are compared with.
+template <Reduction reduction>
+__global__ void __launch_bounds__(kThreads, 2) compare_kernel(Kernel p) {
+  CISC_SHARED(tile, Tile);
+  CISC_SHARED(states, State[kTile]);
+  CISC_DYNAMIC_SHARED(memory);
+  const int64_t unit = blockIdx.x / p.schedule.splits;
+  const class_sort::Job job = p.schedule.job(p.first_unit + unit, blockIdx.x % p.schedule.splits);
+  const int64_t b = p.query.first + job.image, wanted = p.classes.own ? 0 : p.classes.at(b, job.slot);
+  const int row = static_cast<int>(threadIdx.x) % kTile, part = static_cast<int>(threadIdx.x) / kTile;
+  if (part == 0) {
+    const int64_t position = job.tile * kTile + row;
+    tile.held.set(p.query, b, row, position < p.query.count(b) ? position : -1, !p.classes.own, wanted);
+  }
+  if (p.classes.own) {
+    list_bins_of_held(p.guide, b, tile);
+  } else {
+    const int32_t* starts = p.guide.starts_of(b) + class_sort::bin_of(wanted);
+    list_range(starts[0], wanted < 0 ? starts[0] : starts[1], tile);
+  }
+  const bool inside = tile.held.pixel[row] >= 0;
+  const float* cosines = tile.cosines + part * kColumns * kPitch + row;
+  State state = State::none();
+  const int64_t result = static_cast<int64_t>(blockIdx.x) * kTile + row;
+  Heap heap{nullptr, p.k, 0};
+  if (reduction == Reduction::topk) {
+    heap.at = p.shared_winners ? reinterpret_cast<int64_t*>(memory) + row * p.k
+                               : p.saved + p.place(b, job.slot, inside ? tile.held.pixel[row] : 0) * p.k;
+  }
+  float least = -kInfinity;  // to be a winner takes more
+  const int64_t end = p.schedule.first_tile(tile.list, job.split + 1);
+  for (int64_t number = p.schedule.first_tile(tile.list, job.split); number < end; ++number) {
+    set_streamed(p.guide, b, number, false, 0, tile);
+    __syncthreads();
+    compute_cosines(p.query, p.guide, tile);
+    if (reduction == Reduction::topk) {
+      if (part == 0 && inside) {
+        for (int i = 0; i < kTile; ++i) {
+          const float value = tile.cosines[i * kPitch + row];
+          if (value <= least || value == -kInfinity) continue;
+          const int64_t winner = pack_winner(value, tile.streamed.pixel[i]);
+          if (!heap.wants(winner)) continue;
+          heap.push(winner);
+          if (heap.count == heap.k) least = value_of(heap.at[0]);
+        }
+      }
+    } else {
+      if (reduction == Reduction::max || p.indexed) {
+#pragma unroll
+        for (int i = 0; i < kColumns; ++i) {
+          state.take_best(cosines[i * kPitch], tile.streamed.pixel[part * kColumns + i]);
+        }
+      }
+      if (reduction == Reduction::mean) {
+        float sum = 0.0f;
+        int count = 0;
+#pragma unroll
+        for (int i = 0; i < kColumns; ++i) {
+          const float value = cosines[i * kPitch];
+          const bool counts = value != -kInfinity;
+          sum += counts ? value : 0.0f;
+          count += counts ? 1 : 0;
+        }
+        state.weighted += static_cast<double>(sum);
+        state.total += count;
+      }
+      if (reduction == Reduction::softmax) {
+        float most = -kInfinity;
+#pragma unroll
+        for (int i = 0; i < kColumns; ++i) most = max(cosines[i * kPitch], most);
+        state.raise(most, static_cast<double>(p.steepness));
+        float total = 0.0f, weighted = 0.0f;
+#pragma unroll
+        for (int i = 0; i < kColumns; ++i) {
+          const float value = cosines[i * kPitch], above = value - state.top;
+          const bool counts = value != -kInfinity;
+          const float weight = counts ? fast_exp2(above * p.steepness) : 0.0f;
+          total += weight;
+          weighted = fmaf(weight, counts ? above : 0.0f, weighted);
+        }
+        state.total += static_cast<double>(total);
+        state.weighted += static_cast<double>(weighted);
+      }
+    }
+    __syncthreads();
+  }
+  if (reduction == Reduction::topk) {
+    if (part != 0) return;
+    state.index = static_cast<int32_t>(heap.count);
+    if (p.shared_winners) {
+      for (int64_t i = 0; i < heap.count; ++i) p.winners[result * p.k + i] = heap.at[i];
+    }
+  } else {
+    for (int i = 1; i < kParts; ++i) {
+      if (part == i) states[row] = state;
+      __syncthreads();
+      if (part == 0) state.merge(states[row], reduction, static_cast<double>(p.steepness));
+      __syncthreads();
+    }
+    if (part != 0) return;
+  }
+  p.states[result] = state;
+}
+
+// Of "topk": the winners, sorted in place, become indices. `winners` are `count`, of k.
+__device__ void finish_winners(Heap& heap,
+                               // outputs
+                               float* value, int32_t* best) {
+  heap.sort_by_index();
+  double sum = 0.0;
+  float most = -kInfinity;
+  for (int64_t i = 0; i < heap.count; ++i) {
+    const float one = value_of(heap.at[i]);
+    const int32_t pixel = pixel_of(heap.at[i]);
+    sum += static_cast<double>(one);
+    if (one > most) {
+      most = one;
+      *best = pixel;
+    }
+    heap.at[i] = pixel;
+  }
+  for (int64_t i = heap.count; i < heap.k; ++i) heap.at[i] = -1;
+  *value = most == kInfinity ? kNan : static_cast<float>(sum / static_cast<double>(heap.count));
+}
+
+// A thread has a query pixel, and puts the guide's parts together, in their order.
+template <Reduction reduction>
+__global__ void __launch_bounds__(kCombineThreads) combine_kernel(Kernel p) {
+  const int64_t number = static_cast<int64_t>(blockIdx.x) * kCombineThreads + threadIdx.x;
+  const int64_t unit = number / kTile, row = number % kTile, splits = p.schedule.splits;
+  if (unit >= p.units) return;
+  const class_sort::Job job = p.schedule.job(p.first_unit + unit, 0);
+  const int64_t b = p.query.first + job.image, position = job.tile * kTile + row;
+  if (position >= p.query.count(b)) return;
+  const int64_t place = p.place(b, job.slot, p.query.pixel_at(b, position));
+  State state = State::none();
+  float value = 0.0f;
+  if (reduction == Reduction::topk) {
+    Heap heap{p.saved + place * p.k, p.k, 0};
+    for (int64_t split = 0; split < splits; ++split) {
+      const int64_t result = (unit * splits + split) * kTile + row;
+      if (!p.shared_winners) heap.count = p.states[result].index;
+      for (int64_t i = 0; p.shared_winners && i < p.states[result].index; ++i) {
+        const int64_t winner = p.winners[result * p.k + i];
+        if (heap.wants(winner)) heap.push(winner);
+      }
+    }
+    if (heap.count == 0) return;
+    finish_winners(heap, &value, &state.index);
+  } else {
+    for (int64_t split = 0; split < splits; ++split) {
+      state.merge(p.states[(unit * splits + split) * kTile + row], reduction,
+                  static_cast<double>(p.steepness));
+    }
+    if (reduction == Reduction::max) {
+      if (state.index < 0) return;
+      value = state.best;
+    } else {
+      if (state.total == 0.0) return;
+    }
+    if (reduction == Reduction::mean) value = static_cast<float>(state.weighted / state.total);
+    if (reduction == Reduction::softmax) {
+      const double top = static_cast<double>(state.top);
+      value = static_cast<float>(top + state.weighted / state.total);
+      p.log_totals[place] = static_cast<float>(::log2(state.total) + (top - static_cast<double>(value)) *
+                                                                         static_cast<double>(p.steepness));
+    }
+  }
+  p.similarity[place] = value;
+  if (p.indexed) p.index[place] = state.index;
+}
+
+// A class below -1 makes all NaN.
+__global__ void __launch_bounds__(kThreads) spoil_kernel(Classes classes, int64_t count,
+                                                         // outputs
+                                                         float* similarity) {
+  if (!any_invalid(classes)) return;
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count; i += stride) {
+    similarity[i] = kNan;
+  }
+}
+
+template <Reduction reduction>
+void run_compare(const Gpu& gpu, Pairs& pairs, const Inputs& in, Kernel p) {
+  const int64_t result_bytes = sizeof(State) + (p.shared_winners ? 8 * p.k : 0);
+  const int64_t results = p.schedule.units_at_once(kResultBytes, result_bytes) * p.schedule.splits * kTile;
+  // As int64, so that all is aligned to 8 bytes.
+  Tensor workspace = device_empty(in.query, {results * result_bytes / 8}, ScalarType::Long);
+  p.states = reinterpret_cast<State*>(data_of<int64_t>(workspace));
+  p.winners = data_of<int64_t>(workspace) + results * static_cast<int64_t>(sizeof(State)) / 8;
+  const int64_t shared = p.shared_winners ? 8 * p.k * kTile : 0;
+  pairs.each([&](int64_t, int64_t images) {
+    p.query = pairs.query();
+    p.guide = pairs.guide();
+    p.schedule.images = images;
+    const int64_t step = p.schedule.units_at_once(kResultBytes, result_bytes);
+    for (p.first_unit = 0; p.first_unit < p.schedule.units(); p.first_unit += step) {
+      p.units = std::min(step, p.schedule.units() - p.first_unit);
+      gpu.launch(compare_kernel<reduction>, p.units * p.schedule.splits, kThreads, shared, p);
+      gpu.launch(combine_kernel<reduction>, ceil_div(p.units * kTile, kCombineThreads), kCombineThreads, 0,
+                 p);
+    }
+  });
+}
+
+// query: [B,C,h,w] float32, bfloat16 or float16, any strides
+// guide: [B,C,h',w'] float32, bfloat16 or float16, any strides
+// guide_labels, query_labels: [B,H,W] uint8, int32 or int64, any strides
+// classes: [B,S] int32 or int64
+// outputs
+// similarity: [B,S,h,w] float32
+// index: [B,S,h,w] int64, or [0]
+// saved: winners [B,S,h,w,k] int64 of "topk"; of "softmax" [B,S,h,w] float32, log2 of the sum over j of
+//     exp((cosine_j - similarity) / temperature); else [0]
+std::tuple<Tensor, Tensor, Tensor> cuda_forward(const Tensor& query, const Tensor& guide,
+                                                const Tensor& guide_labels, const MaybeTensor& classes,
+                                                const MaybeTensor& query_labels, const std::string& reduction,
+                                                int64_t k, double temperature, int64_t ignore_index,
+                                                double eps, bool return_index) {
+  const Settings settings{reduction_of(kForward, reduction), k, temperature, ignore_index, eps};
+  const Inputs in{query, guide, guide_labels, classes, query_labels, settings, kForward};
+  check_inputs(in, kHere);
+  const Gpu gpu(kForward, "query", query);
+  check_devices(in);
+  if (classes) check_class_values(kForward, *classes);
+  const bool topk = settings.reduction == Reduction::topk, softmax = settings.reduction == Reduction::softmax;
+  const bool indexed = return_index || settings.reduction == Reduction::max;
+  const std::vector<int64_t> shape = in.shape(), none{0};
+  std::vector<int64_t> of_saved = softmax ? shape : none;
+  if (topk) {
+    of_saved = shape;
+    of_saved.push_back(in.winners());
+  }
+  const auto filled = [&](const std::vector<int64_t>& size, ScalarType dtype, double value) {
+    Tensor tensor = device_empty(query, size, dtype);
+    return torch::stable::fill_(tensor, value);
+  };
+  Tensor similarity = filled(shape, ScalarType::Float, 0.0);
+  Tensor index = filled(indexed ? shape : none, ScalarType::Long, -1.0);
+  Tensor saved = filled(of_saved, topk ? ScalarType::Long : ScalarType::Float, topk ? -1.0 : -INFINITY);
+  if (similarity.numel() == 0) return {similarity, index, saved};
+  Pairs pairs(gpu, in);
+  Kernel p{};
+  p.classes = pairs.classes();
+  p.schedule = Schedule::of(in.batch(), in.slots(), in.query_pixels(), in.guide_pixels());
+  p.steepness = settings.steepness();
+  p.k = in.winners();
+  p.indexed = indexed;
+  p.shared_winners = topk && p.k <= kSharedWinners;
+  if (topk && !p.shared_winners) p.schedule.splits = 1;  // the winners' own memory serves one block
+  p.similarity = data_of<float>(similarity);
+  p.index = indexed ? data_of<int64_t>(index) : nullptr;
+  p.saved = topk ? data_of<int64_t>(saved) : nullptr;
+  p.log_totals = softmax ? data_of<float>(saved) : nullptr;
+  switch (settings.reduction) {
+    case Reduction::max:
+      run_compare<Reduction::max>(gpu, pairs, in, p);
+      break;
+    case Reduction::topk:
+      run_compare<Reduction::topk>(gpu, pairs, in, p);
+      break;
+    case Reduction::softmax:
+      run_compare<Reduction::softmax>(gpu, pairs, in, p);
+      break;
+    case Reduction::mean:
+      run_compare<Reduction::mean>(gpu, pairs, in, p);
+      break;
+  }
+  if (classes) {
+    const int64_t blocks = std::min(ceil_div(similarity.numel(), kThreads), gpu.multiprocessors());
+    gpu.launch(spoil_kernel, blocks, kThreads, 0, p.classes, similarity.numel(), p.similarity);
+  }
+  return {similarity, index, saved};
+}
+
+}  // namespace
+}  // namespace cisc::cross_similarity
+
+CISC_REGISTER(m) { m.impl("cross_similarity", TORCH_BOX(&cisc::cross_similarity::cuda_forward)); }

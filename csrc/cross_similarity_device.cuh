@@ -1,0 +1,510 @@
+// What both directions of cross_similarity share on a GPU: lengths of vectors, pixels sorted by class, tiles
+// of 64 x 64 cosines.
+//
+// Plain float32 for every chip. A cosine is summed in the same order wherever its pixels stand and whichever
+// of the two images stays, so that equal vectors tie exactly and backward meets the bits of forward.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "class_sort.h"
+#include "cross_similarity_arguments.h"
+#include "device.cuh"
+#include "tensors.h"
+
+namespace cisc::cross_similarity {
+namespace {
+
+using class_sort::ceil_div;
+using class_sort::kBins;
+using class_sort::kChunk;
+using class_sort::kTile;
+using class_sort::Schedule;
+using class_sort::SkipList;
+
+constexpr int kThreads = 256;
+constexpr int kParts = kThreads / kTile;  // threads that share a pixel
+constexpr int kDepth = 16;                // channels at hand
+constexpr int kPitch = kTile + 4;         // of rows in shared memory: rows start in other banks, aligned
+constexpr int kColumns = kTile / kParts;  // of a tile, that a thread reduces
+constexpr int kMicro = 4;                 // products of a thread: 4 x 4
+constexpr int kMicros = kTile / kMicro;   // threads along a side of the tile
+constexpr int64_t kImageBytes = 16 << 20, kResultBytes = 24 << 20;  // of workspace
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+static_assert(kDepth == kParts * kMicro && kThreads * kMicro * kMicro == kTile * kTile, "a thread's share");
+
+// One image of each pair. Workspace holds the images from `first` on.
+struct Side {
+  Image<const void*> image;
+  int64_t channels, width, height, pixels, first;
+  float *scale, *rest, *low;  // [images,pixels]: 1 / length is scale * (rest + low), NaN if not finite
+  bool has_labels;
+  Labels labels;
+  int64_t label_height, label_width;
+  int32_t* order;   // [images,pixels], sorted by bins; null: as they lie
+  int32_t* starts;  // [images,kBins + 1]
+
+  __device__ int64_t offset(int64_t b, int64_t pixel) const {
+    const bool linear = image.stride_y == width * image.stride_x;
+    const int64_t y = linear ? 0 : pixel / width;
+    return b * image.stride_b + y * image.stride_y + (pixel - y * width) * image.stride_x;
+  }
+
+  __device__ int64_t label(int64_t b, int64_t pixel) const {
+    return labels.at(b, nearest_source(pixel / width, label_height, height),
+                     nearest_source(pixel % width, label_width, width));
+  }
+
+  __device__ const int32_t* starts_of(int64_t b) const { return starts + (b - first) * (kBins + 1); }
+
+  // Pixels in the order.
+  __device__ int64_t count(int64_t b) const { return order != nullptr ? starts_of(b)[kBins] : pixels; }
+
+  __device__ int64_t pixel_at(int64_t b, int64_t position) const {
+    return order != nullptr ? order[(b - first) * pixels + position] : position;
+  }
+};
+
+__device__ __forceinline__ float read_element(Float kind, const void* data, int64_t at) {
+  switch (kind) {
+    case Float::f32:
+      return static_cast<const Float32*>(data)[at].widen();
+    case Float::bf16:
+      return static_cast<const BFloat16*>(data)[at].widen();
+    default:
+      return static_cast<const Float16*>(data)[at].widen();
+  }
+}
+
+__device__ __forceinline__ void write_element(Float kind, void* data, int64_t at, float value) {
+  switch (kind) {
+    case Float::f32:
+      static_cast<Float32*>(data)[at] = Float32::narrow(value);
+      return;
+    case Float::bf16:
+      static_cast<BFloat16*>(data)[at] = BFloat16::narrow(value);
+      return;
+    default:
+      static_cast<Float16*>(data)[at] = Float16::narrow(value);
+  }
+}
+
+// A component of a unit vector. Short vectors are not divided by a length whose inverse overflows, nor long
+// ones multiplied by one that is rounded: a power of two brings them near 1 first.
+__device__ __forceinline__ float unit_of(float value, float scale, float rest, float low) {
+  const float near = scale == 0.0f ? 0.0f : value * scale;
+  return fmaf(near, rest, near * low);
+}
+
+// A thread has a pixel.
+__global__ void __launch_bounds__(kThreads) measure_kernel(Side side, int64_t images, double eps) {
+  const int64_t number = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (number >= images * side.pixels) return;
+  const int64_t offset = side.offset(side.first + number / side.pixels, number % side.pixels);
+  double squares = 0.0;
+  for (int64_t c = 0; c < side.channels; ++c) {
+    const double value = read_element(side.image.kind, side.image.data, offset + c * side.image.stride_c);
+    squares += value * value;
+  }
+  constexpr double kLeast = std::numeric_limits<float>::min();
+  const double norm = ::sqrt(squares);
+  const bool finite = norm - norm == 0.0;
+  float scale = 0.0f, rest = finite ? 0.0f : kNan, low = 0.0f;
+  if (finite && norm >= eps && norm >= kLeast) {
+    int exponent = 0;
+    ::frexp(norm, &exponent);
+    exponent = exponent > 126 ? 126 : exponent < -126 ? -126 : exponent;
+    scale = ::ldexpf(1.0f, -exponent);
+    const double wanted = 1.0 / (norm * static_cast<double>(scale));
+    rest = static_cast<float>(wanted);
+    low = static_cast<float>(wanted - static_cast<double>(rest));
+  }
+  side.scale[number] = scale;
+  side.rest[number] = rest;
+  side.low[number] = low;
+}
+
+// Bins of pixels by their labels.
+struct LabelBins {
+  Side side;
+  bool ignores;
+  int64_t ignore_index;
+
+  __device__ int32_t operator()(int64_t image, int64_t item) const {
+    const int64_t label = side.label(side.first + image, item);
+    return ignores && label == ignore_index ? -1 : class_sort::bin_of(label);
+  }
+};
+
+// A block has a chunk of an image's items.
+template <typename Bins>
+__global__ void __launch_bounds__(kThreads) count_bins_kernel(Bins bins, int64_t items, int64_t chunks,
+                                                              // outputs
+                                                              int32_t* counts /* [images,chunks,kBins] */) {
+  CISC_SHARED(here, int32_t[kBins]);
+  const int64_t image = blockIdx.x / chunks, first = blockIdx.x % chunks * kChunk;
+  here[threadIdx.x] = 0;
+  __syncthreads();
+  for (int64_t i = first + threadIdx.x; i < first + kChunk && i < items; i += kThreads) {
+    const int32_t bin = bins(image, i);
+    if (bin >= 0) atomicAdd(&here[bin], 1);
+  }
+  __syncthreads();
+  counts[static_cast<int64_t>(blockIdx.x) * kBins + threadIdx.x] = here[threadIdx.x];
+}
+
+// A block has an image, a thread a bin.
+__global__ void __launch_bounds__(kBins)
+    place_bins_kernel(int64_t chunks,
+                      // outputs
+                      int32_t* counts /* [images,chunks,kBins] */, int32_t* starts /* [images,kBins + 1] */) {
+  CISC_SHARED(totals, int32_t[kBins]);
+  const int64_t image = blockIdx.x;
+  const int32_t bin = static_cast<int32_t>(threadIdx.x);
+  totals[bin] = class_sort::count_in_front(counts + image * chunks * kBins, chunks, bin);
+  __syncthreads();
+  int32_t start = 0;
+  for (int i = 0; i < bin; ++i) start += totals[i];
+  starts[image * (kBins + 1) + bin] = start;
+  if (bin == kBins - 1) starts[image * (kBins + 1) + kBins] = start + totals[bin];
+}
+
+template <typename Bins>
+__global__ void __launch_bounds__(kBins)
+    scatter_kernel(Bins bins, int64_t items, int64_t chunks, const int32_t* counts, const int32_t* starts,
+                   // outputs
+                   int32_t* order /* [images,items] */) {
+  CISC_SHARED(of, int32_t[kChunk]);
+  const int64_t image = blockIdx.x / chunks, first = blockIdx.x % chunks * kChunk;
+  const int64_t count = items - first < kChunk ? items - first : kChunk;
+  for (int64_t i = threadIdx.x; i < count; i += kThreads) of[i] = bins(image, first + i);
+  __syncthreads();
+  const int32_t bin = static_cast<int32_t>(threadIdx.x);
+  const int64_t place =
+      starts[image * (kBins + 1) + bin] + counts[static_cast<int64_t>(blockIdx.x) * kBins + bin];
+  class_sort::scatter(of, count, bin, first, place, order + image * items);
+}
+
+template <typename Bins>
+void sort_items(const Gpu& gpu, const Bins& bins, int64_t images, int64_t items, int32_t* counts,
+                // outputs
+                int32_t* order, int32_t* starts) {
+  const int64_t chunks = class_sort::chunks_of(items);
+  gpu.launch(count_bins_kernel<Bins>, images * chunks, kThreads, 0, bins, items, chunks, counts);
+  gpu.launch(place_bins_kernel, images, kBins, 0, chunks, counts, starts);
+  gpu.launch(scatter_kernel<Bins>, images * chunks, kBins, 0, bins, items, chunks, counts, starts, order);
+}
+
+// The classes [B,S] that are asked for; none in own-label mode, where there is one slot.
+struct Classes {
+  bool own, wide;
+  const void* data;
+  int64_t batch, slots, stride_b, stride_s;
+
+  __device__ int64_t at(int64_t b, int64_t slot) const {
+    const int64_t place = b * stride_b + slot * stride_s;
+    return wide ? static_cast<const int64_t*>(data)[place] : static_cast<const int32_t*>(data)[place];
+  }
+};
+
+// Whether any class is neither -1 nor a class. All threads of a block take part.
+__device__ bool any_invalid(const Classes& classes) {
+  CISC_SHARED(found, int);
+  if (threadIdx.x == 0) found = 0;
+  __syncthreads();
+  const int64_t count = classes.own ? 0 : classes.batch * classes.slots;
+  for (int64_t i = threadIdx.x; i < count; i += kThreads) {
+    if (classes.at(i / classes.slots, i % classes.slots) < -1) found = 1;  // whoever writes, the same
+  }
+  __syncthreads();
+  return found != 0;
+}
+
+// Pixels of a tile, in shared memory.
+struct Pixels {
+  int64_t offset[kTile], label[kTile];
+  int32_t pixel[kTile];  // -1: none
+  float scale[kTile], rest[kTile], low[kTile];
+
+  // position: in the side's order, or -1 for none; label: what stands for that of the pixel, where given
+  __device__ void set(const Side& side, int64_t b, int at, int64_t position, bool given, int64_t value) {
+    pixel[at] = -1;
+    offset[at] = label[at] = 0;
+    scale[at] = rest[at] = low[at] = 0.0f;
+    if (position < 0) return;
+    const int64_t of = side.pixel_at(b, position), place = (b - side.first) * side.pixels + of;
+    pixel[at] = static_cast<int32_t>(of);
+    offset[at] = side.offset(b, of);
+    label[at] = given ? value : side.label(b, of);
+    scale[at] = side.scale[place];
+    rest[at] = side.rest[place];
+    low[at] = side.low[place];
+  }
+
+  __device__ float unit(const Side& side, int at, int64_t channel) const {
+    if (pixel[at] < 0 || channel >= side.channels) return 0.0f;
+    const float value =
+        read_element(side.image.kind, side.image.data, offset[at] + channel * side.image.stride_c);
+    return unit_of(value, scale[at], rest[at], low[at]);
+  }
+};
+
+// A block's 64 pixels that stay, 64 of those that pass, and their cosines.
+struct Tile {
+  Pixels held, streamed;
+  SkipList list;                                // positions of the streamed side
+  int32_t bins[kTile], from[kTile], to[kTile];  // of the held pixels; their ranges in another side
+  alignas(16) float held_units[kDepth * kPitch], streamed_units[kDepth * kPitch];  // [channel,pixel]
+  alignas(16) float cosines[kTile * kPitch];                                       // [streamed,held]
+};
+
+// Whether two pixels of the tile are compared.
+__device__ __forceinline__ bool compared(const Tile& tile, int held, int streamed) {
+  return tile.held.pixel[held] >= 0 && tile.streamed.pixel[streamed] >= 0 &&
+         tile.held.label[held] == tile.streamed.label[streamed];
+}
+
+template <typename T>
+__device__ __forceinline__ void read_channels(const Side& side, int64_t offset, bool inside, int64_t first,
+                                              // outputs
+                                              float (&values)[kMicro]) {
+  const T* from = static_cast<const T*>(side.image.data) + offset;
+#pragma unroll
+  for (int i = 0; i < kMicro; ++i) {
+    const int64_t channel = first + i * kParts;
+    values[i] = inside && channel < side.channels ? from[channel * side.image.stride_c].widen() : 0.0f;
+  }
+}
+
+__device__ __forceinline__ void fetch(const Side& side, const Pixels& pixels, int64_t first,
+                                      // outputs
+                                      float (&values)[kMicro]) {
+  const int at = threadIdx.x % kTile;
+  const int64_t channel = first + threadIdx.x / kTile;
+  const bool inside = pixels.pixel[at] >= 0;
+  switch (side.image.kind) {
+    case Float::f32:
+      return read_channels<Float32>(side, pixels.offset[at], inside, channel, values);
+    case Float::bf16:
+      return read_channels<BFloat16>(side, pixels.offset[at], inside, channel, values);
+    default:
+      return read_channels<Float16>(side, pixels.offset[at], inside, channel, values);
+  }
+}
+
+__device__ __forceinline__ void put_units(const Pixels& pixels, const float (&values)[kMicro],
+                                          // outputs
+                                          float* units) {
+  const int at = threadIdx.x % kTile, part = threadIdx.x / kTile;
+  const float scale = pixels.scale[at], rest = pixels.rest[at], low = pixels.low[at];
+#pragma unroll
+  for (int i = 0; i < kMicro; ++i) {
+    units[(part + i * kParts) * kPitch + at] = unit_of(values[i], scale, rest, low);
+  }
+}
+
+// sums += the products of 16 rows [16,64] of each, 4 x 4 of them for each thread
+__device__ __forceinline__ void add_products(const float* a, const float* b,
+                                             // outputs
+                                             float (&sums)[kMicro][kMicro]) {
+  const int row = threadIdx.x / kMicros * kMicro, column = threadIdx.x % kMicros * kMicro;
+#pragma unroll
+  for (int k = 0; k < kDepth; ++k) {
+    const auto left = read_pack<kMicro>(a + k * kPitch + row);
+    const auto right = read_pack<kMicro>(b + k * kPitch + column);
+#pragma unroll
+    for (int i = 0; i < kMicro; ++i) {
+#pragma unroll
+      for (int j = 0; j < kMicro; ++j) sums[i][j] = fmaf(left.at[i], right.at[j], sums[i][j]);
+    }
+  }
+}
+
+// Cosines of the held pixels with the streamed ones, to tile.cosines; -inf for those that are not compared.
+// The pixels are in place before, with a barrier behind; afterwards there has been one.
+__device__ __forceinline__ void compute_cosines(const Side& held, const Side& streamed, Tile& tile) {
+  float sums[kMicro][kMicro] = {};
+  float held_values[kMicro], streamed_values[kMicro];
+  fetch(held, tile.held, 0, held_values);
+  fetch(streamed, tile.streamed, 0, streamed_values);
+  for (int64_t c = 0; c < held.channels; c += kDepth) {
+    put_units(tile.held, held_values, tile.held_units);
+    put_units(tile.streamed, streamed_values, tile.streamed_units);
+    __syncthreads();
+    // The next channels come while these are multiplied.
+    fetch(held, tile.held, c + kDepth, held_values);
+    fetch(streamed, tile.streamed, c + kDepth, streamed_values);
+    // In pieces of a few channels: a sum of many terms of one sign would lose a rounding to each.
+    float piece[kMicro][kMicro] = {};
+    add_products(tile.streamed_units, tile.held_units, piece);
+#pragma unroll
+    for (int i = 0; i < kMicro; ++i) {
+#pragma unroll
+      for (int j = 0; j < kMicro; ++j) sums[i][j] += piece[i][j];
+    }
+    __syncthreads();
+  }
+  const int row = threadIdx.x / kMicros * kMicro, column = threadIdx.x % kMicros * kMicro;
+#pragma unroll
+  for (int i = 0; i < kMicro; ++i) {
+    Pack<float, kMicro> pack;
+#pragma unroll
+    for (int j = 0; j < kMicro; ++j) {
+      pack.at[j] = compared(tile, column + j, row + i) ? sums[i][j] : -kInfinity;
+    }
+    write_pack(tile.cosines + (row + i) * kPitch + column, pack);
+  }
+  __syncthreads();
+}
+
+// The ranges of a side that has the labels of the held pixels, to tile.list. Held pixels come by bins that
+// never fall. With barriers.
+__device__ __forceinline__ void list_bins_of_held(const Side& other, int64_t b, Tile& tile) {
+  const int at = static_cast<int>(threadIdx.x);
+  __syncthreads();
+  if (at < kTile && tile.held.pixel[at] >= 0) {
+    const int32_t bin = class_sort::bin_of(tile.held.label[at]);
+    tile.bins[at] = bin;
+    tile.from[at] = other.starts_of(b)[bin];
+    tile.to[at] = other.starts_of(b)[bin + 1];
+  }
+  __syncthreads();
+  if (at == 0) {
+    int rows = 0;
+    while (rows < kTile && tile.held.pixel[rows] >= 0) ++rows;
+    tile.list.clear();
+    tile.list.add_rows(tile.bins, tile.from, tile.to, rows);
+  }
+  __syncthreads();
+}
+
+// One range, to tile.list. With barriers.
+__device__ __forceinline__ void list_range(int64_t begin, int64_t end, Tile& tile) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    tile.list.clear();
+    tile.list.add(begin, end);
+  }
+  __syncthreads();
+}
+
+// The list's tile `number` of a side, or what there is of it. With no barrier.
+__device__ __forceinline__ void set_streamed(const Side& side, int64_t b, int64_t number, bool given,
+                                             int64_t value, Tile& tile) {
+  const int at = static_cast<int>(threadIdx.x);
+  if (at >= kTile) return;
+  const int64_t place = number * kTile + at;
+  tile.streamed.set(side, b, at, place < tile.list.length() ? tile.list.position(place) : -1, given, value);
+}
+
+// Host: workspace of a few images at a time, both sides measured and sorted.
+class Pairs {
+ public:
+  Pairs(const Gpu& gpu, const Inputs& in)
+      : gpu_(gpu),
+        in_(in),
+        query_(side_of(in.query, in.query_labels)),
+        guide_(side_of(in.guide, in.guide_labels)) {
+    at_once_ = std::clamp<int64_t>(kImageBytes / std::max<int64_t>(words(1) * 4, 1), 1,
+                                   std::max<int64_t>(in.batch(), 1));
+    workspace_ = device_empty(in.query, {words(at_once_)}, ScalarType::Int);
+    classes_.own = own();
+    if (own()) return;
+    const Tensor& classes = *in.classes;
+    classes_.wide = classes.scalar_type() == ScalarType::Long;
+    classes_.data = classes.const_data_ptr();
+    classes_.batch = classes.size(0);
+    classes_.slots = classes.size(1);
+    classes_.stride_b = classes.stride(0);
+    classes_.stride_s = classes.stride(1);
+  }
+
+  const Side& query() const { return query_; }
+  const Side& guide() const { return guide_; }
+  const Classes& classes() const { return classes_; }
+
+  // f(first image, images), with the sides ready
+  template <typename Function>
+  void each(const Function& f) {
+    for (int64_t b = 0; b < in_.batch(); b += at_once_) {
+      const int64_t images = std::min(at_once_, in_.batch() - b);
+      prepare(b, images);
+      f(b, images);
+    }
+  }
+
+ private:
+  bool own() const { return !in_.classes.has_value(); }
+
+  static Side side_of(const Tensor& features, const MaybeTensor& labels) {
+    Side side{};
+    side.image = read_image(features);
+    side.channels = features.size(1);
+    side.height = features.size(2);
+    side.width = std::max<int64_t>(features.size(3), 1);
+    side.pixels = features.size(2) * features.size(3);
+    side.has_labels = labels.has_value();
+    if (!side.has_labels) return side;
+    side.labels = read_labels(*labels);
+    side.label_height = labels->size(1);
+    side.label_width = labels->size(2);
+    return side;
+  }
+
+  // Of workspace, for so many images.
+  int64_t words(int64_t images) const {
+    const auto of = [&](const Side& side, bool sorted) {
+      const int64_t sorting = side.pixels + class_sort::chunks_of(side.pixels) * kBins + kBins + 1;
+      return images * (3 * side.pixels + (sorted ? sorting : 0));
+    };
+    return of(query_, own()) + of(guide_, true);
+  }
+
+  void prepare(int64_t b, int64_t images) {
+    int32_t* next = data_of<int32_t>(workspace_);
+    const auto take = [&](int64_t count) {
+      int32_t* taken = next;
+      next += count;
+      return taken;
+    };
+    const auto ready = [&](Side& side, bool sorted) {
+      side.first = b;
+      const int64_t pixels = images * side.pixels;
+      side.scale = reinterpret_cast<float*>(take(pixels));
+      side.rest = reinterpret_cast<float*>(take(pixels));
+      side.low = reinterpret_cast<float*>(take(pixels));
+      gpu_.launch(measure_kernel, ceil_div(pixels, kThreads), kThreads, 0, side, images, in_.settings.eps);
+      if (!sorted) return;
+      side.order = take(pixels);
+      side.starts = take(images * (kBins + 1));
+      int32_t* counts = take(images * class_sort::chunks_of(side.pixels) * kBins);
+      const LabelBins bins{side, &side == &query_, in_.settings.ignore_index};
+      sort_items(gpu_, bins, images, side.pixels, counts, side.order, side.starts);
+    };
+    ready(query_, own());
+    ready(guide_, true);
+  }
+
+  const Gpu& gpu_;
+  const Inputs& in_;
+  Side query_, guide_;
+  Classes classes_{};
+  int64_t at_once_ = 1;
+  Tensor workspace_;
+};
+
+// All arguments on one GPU.
+inline void check_devices(const Inputs& in) {
+  const auto same = [&](const char* name, const Tensor& tensor) {
+    check_same_device(in.op, name, tensor, in.query);
+  };
+  same("guide", in.guide);
+  same("guide_labels", in.guide_labels);
+  if (in.classes) same("classes", *in.classes);
+  if (in.query_labels) same("query_labels", *in.query_labels);
+}
+
+}  // namespace
+}  // namespace cisc::cross_similarity
