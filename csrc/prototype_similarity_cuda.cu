@@ -286,8 +286,8 @@ struct Back {
 };
 
 // As in forward_planes_kernel, but half a warp has a channel, of up to kDeep in registers. Of the pixels of a
-// tile and those around it, a thread's group is the tile's where it starts in it. With n > 1 both tensors have the same
-// strides; with `one`, S = 1 and C <= kDeep.
+// tile and those around it, a thread's group is the tile's where it starts in it. With n > 1 both tensors
+// have the same strides; with `one`, S = 1 and C <= kDeep.
 template <typename T, int n, bool one>
 __global__ void __launch_bounds__(kThreads, 2)
     backward_planes_kernel(Planes<const T> query, Back b, Planes<T> grad_query) {
