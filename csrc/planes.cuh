@@ -44,7 +44,19 @@ struct alignas(sizeof(T) * n) Group {
     return group;
   }
 
-  __device__ __forceinline__ void write(T* to) const { *reinterpret_cast<Group*>(to) = *this; }
+  // To global memory. The compiler takes a struct's copy apart where the values come from several branches.
+  __device__ __forceinline__ void write(T* to) const {
+#ifndef CISC_SIMT
+    if constexpr (sizeof(T) * n == 16) {
+      const size_t at = __cvta_generic_to_global(to);
+      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(word[0]), "r"(word[1]),
+                   "r"(word[2]), "r"(word[3])
+                   : "memory");
+      return;
+    }
+#endif
+    *reinterpret_cast<Group*>(to) = *this;
+  }
 
   __device__ __forceinline__ float at(int i) const {
     if constexpr (sizeof(T) == 4) {

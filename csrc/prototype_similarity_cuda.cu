@@ -286,7 +286,8 @@ struct Back {
 };
 
 // As in forward_planes_kernel, but half a warp has a channel, of up to kDeep in registers. Of the pixels of a
-// tile and those around it, a thread's group is the tile's where it starts in it.
+// tile and those around it, a thread's group is the tile's where it starts in it. With n > 1 both tensors
+// have the same strides; with `one`, S = 1 and C <= kDeep.
 template <typename T, int n, bool one>
 __global__ void __launch_bounds__(kThreads, 2)
     backward_planes_kernel(Planes<const T> query, Back b, Planes<T> grad_query) {
@@ -354,7 +355,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
     float square[n] = {}, along[n] = {};
 #pragma unroll 1
-    for (I base = 0; base < channels; base += kDeep) {
+    for (I base = 0; base < (one ? 1 : channels); base += kDeep) {
       const I channel = base + half;
       read(base);
 #pragma unroll
@@ -437,9 +438,9 @@ __global__ void __launch_bounds__(kThreads, 2)
       if (place % each == 0 && channel < channels) sums[slot * channels + channel] += of_channel;
     };
 #pragma unroll 1
-    for (I base = 0; base < channels; base += kDeep) {
+    for (I base = 0; base < (one ? 1 : channels); base += kDeep) {
       const I channel = base + half;
-      if (channels > kDeep) read(base);
+      if (!one && channels > kDeep) read(base);
       T* to = n > 1 ? grad_query.data + plane + base * query.stride_c + pixel
                     : grad_query.data + image * grad_query.stride_b +
                           (base + first_channel) * grad_query.stride_c +
@@ -961,7 +962,7 @@ std::tuple<Tensor, Tensor> cuda_backward(const Tensor& grad, const Tensor& query
       if (in_pixels) {
         launch_backward_pixels<T>(gpu, view, b, images, result);
       } else if (wide) {
-        if (slots == 1) {
+        if (slots == 1 && channels <= kDeep) {
           launch_backward_planes<T, n, true>(gpu, view, b, images, result);
         } else {
           launch_backward_planes<T, 4, false>(gpu, view, b, images, result);

@@ -1,4 +1,4 @@
-"""Pooling and prototypes where GPU kernels take another path: planes that start anywhere, rows that are cropped,
+"""Pooling and prototypes where GPU kernels take another path: planes that start anywhere, cropped rows,
 more channels or classes than a block holds, many labels for a pixel, weights that do not fit at once."""
 
 from __future__ import annotations
