@@ -20,8 +20,8 @@ const Kernels kPortable{&loss, &gradient, &count};
 
 namespace {
 
-void check_arguments(const char* op, const Tensor& logits, const Tensor& labels,
-                     const MaybeTensor& similarity, const MaybeTensor& classes, int64_t ohem_min_kept) {
+void check_all(const char* op, const Tensor& logits, const Tensor& labels, const MaybeTensor& similarity,
+               const MaybeTensor& classes, int64_t ohem_min_kept) {
   check_arguments(op, logits, labels, similarity, classes, ohem_min_kept, Place::cpu);
   if (!classes.has_value()) return;
   for (int64_t b = 0; b < logits.size(0); ++b) read_classes(op, *classes, b, logits.size(1));
@@ -136,7 +136,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& logits, const Tensor& labels, c
                                    const MaybeTensor& classes, int64_t ignore_index, std::string reduction,
                                    std::optional<double> ohem_threshold, int64_t ohem_min_kept,
                                    bool need_grad) {
-  check_arguments(kForward, logits, labels, similarity, classes, ohem_min_kept);
+  check_all(kForward, logits, labels, similarity, classes, ohem_min_kept);
   check_reduction(reduction);
   const bool each = reduction == "none";
   Tensor grad = gradient_like(logits, need_grad);
@@ -168,7 +168,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& logits, const Tensor& labels, c
 Tensor backward(const Tensor& grad, const Tensor& logits, const Tensor& labels, const MaybeTensor& similarity,
                 const MaybeTensor& classes, int64_t ignore_index, std::optional<double> ohem_threshold,
                 int64_t ohem_min_kept) {
-  check_arguments(kBackward, logits, labels, similarity, classes, ohem_min_kept);
+  check_all(kBackward, logits, labels, similarity, classes, ohem_min_kept);
   check_pixel_gradient(grad, labels, Place::cpu);
   Tensor gradient = gradient_like(logits, true);
   if (labels.numel() == 0) return gradient;
