@@ -1,8 +1,10 @@
 # Every target starts from nothing: it makes .venv, installs, builds csrc, and runs. PYTHON names another Python,
-# LABELS a folder of PNG masks of real scenes for `bench`.
+# LABELS a folder of PNG masks of real scenes for `bench`, PREBUILT a Python that has torch: `gpu` then installs and
+# builds nothing, and takes the library that lies in cisc_ext.
 PYTHON ?= python3
 OUT ?= benchmarks/results
 LABELS ?=
+PREBUILT ?=
 JOBS ?= 2
 TORCH := torch==2.13.0
 PY := .venv/bin/python
@@ -73,10 +75,12 @@ bench: $(BUILT)  ## time and memory of a training step and of every kernel, into
 	$(PY) -m benchmarks.tables
 
 # Refuses before anything is installed where there is no GPU.
-gpu:  ## operator tests and benchmark on an NVIDIA GPU, results into $(OUT)
+gpu:  ## tests, targets, sanitizer, step and benchmark on an NVIDIA GPU, results into $(OUT)
 ifeq ($(GPU),)
 	@echo "make gpu: no NVIDIA GPU here (nvidia-smi -L fails)" >&2
 	exit 1
+else ifneq ($(PREBUILT),)
+	@$(PREBUILT) -m benchmarks.gate --out "$(OUT)"
 else
 	@$(MAKE) --no-print-directory $(BUILT)
 	$(PY) -m benchmarks.gate --out "$(OUT)"

@@ -310,6 +310,7 @@ class Builder:
             nvcc = [self.cuda.nvcc, "-std=c++17", *(["-O0", "-g"] if self.debug else ["-O3", "-lineinfo"])]
             # As in C++, a product and a sum are fused only where the code says so.
             nvcc += ["-DUSE_CUDA", "-fmad=false", "--expt-relaxed-constexpr", "--threads", "0"]
+            nvcc += ["-Xfatbin=-compress-all"]
             nvcc += ["-ccbin", self.compiler_path, *self.cuda.gencode]
             nvcc += [f'-DCISC_CUDA_CHIPS="{" ".join(self.cuda.chips)}"']
             nvcc += ["-Xcompiler=-fPIC", "-Xcompiler=-fvisibility=hidden", *self.against_torch]
