@@ -74,8 +74,12 @@ struct Planes {
   int64_t stride_b, stride_c, stride_y, stride_x, width;
   bool flat;  // a pixel lies at its number times stride_x
 
-  __device__ __forceinline__ int64_t offset_of(int64_t pixel) const {
-    return flat ? pixel * stride_x : pixel / width * stride_y + pixel % width * stride_x;
+  // I: counts the pixels; 32 bits are much faster where rows have gaps.
+  template <typename I>
+  __device__ __forceinline__ int64_t offset_of(I pixel) const {
+    if (flat) return pixel * stride_x;
+    const I row = static_cast<I>(width), y = pixel / row;
+    return y * stride_y + (pixel - y * row) * stride_x;
   }
 };
 

@@ -78,6 +78,16 @@ def test_prototypes(layout: str, dtype: torch.dtype, slots: int, device: str) ->
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("size", [(2, 1203), (37, 41)], ids=str)
+def test_norms_of_an_image_that_do_not_fit_at_once(size: tuple[int, int], device: str) -> None:
+    """Parts of a row, and some rows at a time, in the simulator, which holds few; rows with gaps, too."""
+    wide = torch.randn(2, *size, 8)
+    for query in (wide, wide[:, :, :-3]):
+        inputs = {"query": query.permute(0, 3, 1, 2), "prototypes": torch.randn(2, 2, 8)}
+        _judge("prototype_similarity", inputs, device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("slots", [1, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", ["planes", "pixels"])

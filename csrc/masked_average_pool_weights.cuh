@@ -1,0 +1,125 @@
+// The weights of the features' pixels, which both directions of masked_average_pool gather from the labels on
+// a GPU: exactly, in integers.
+#pragma once
+
+#include <vector>
+
+#include "labels.h"
+#include "masked_average_pool_arguments.h"
+#include "planes.cuh"
+#include "tensors.h"
+
+namespace cisc::masked_average_pool::device {
+
+using planes::Group;
+using planes::kWide;
+using planes::Planes;
+
+constexpr int kThreads = 256, kWarps = kThreads / kWarp;
+constexpr int kSlots = 32;            // of a word of Weights::present
+constexpr int kDeep = 256;            // channels of a block
+constexpr int kOwn = kDeep / kWarps;  // channels of a warp
+
+// Consecutive pixels of one image, or all pixels of some: `columns` of `rows`.
+struct Piece {
+  int64_t image, images, row, rows, column, columns;
+
+  CISC_HD int64_t pixels() const { return rows * columns; }
+};
+
+// Weights of the pixels of a piece, and which slots have any.
+struct Weights {
+  Piece piece;
+  int64_t slots, words;    // words of kSlots slots
+  int64_t each, segments;  // pixels of a segment of a row, and segments of a row
+  int64_t width;           // of the features
+  float* weight;           // [images,S,pixels]
+  uint32_t* present;       // [images,rows*segments,words], a bit for each slot; unless S = 1
+
+  CISC_HD int64_t first_pixel() const { return piece.row * width + piece.column; }
+
+  __device__ __forceinline__ const float* of(int64_t image, int64_t slot) const {
+    return weight + (image * slots + slot) * piece.pixels();
+  }
+
+  // The slots of a word that have weight in the segments of the pixels [begin, end), end > begin.
+  __device__ __forceinline__ uint32_t bits(int64_t image, int64_t word, int64_t begin, int64_t end) const {
+    const int64_t last = segment_of(end - 1);
+    uint32_t found = 0;
+    for (int64_t t = segment_of(begin); t <= last; ++t) {
+      found |= present[(image * piece.rows * segments + t) * words + word];
+    }
+    return found;
+  }
+
+  __device__ __forceinline__ int64_t segment_of(int64_t pixel) const {
+    return pixel / piece.columns * segments + pixel % piece.columns / each;
+  }
+};
+
+// a / b, rounded up
+constexpr int64_t over(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Geometry {
+  int64_t batch, h, w, height, width;  // features, labels
+  double unit() const { return 1.0 / (4.0 * static_cast<double>(height) * static_cast<double>(width)); }
+};
+
+// classes: [B,S] int32 or int64 in place
+struct Classes {
+  const void* data;
+  int64_t stride_b, stride_s;
+  bool is_long;
+
+  __device__ __forceinline__ int64_t at(int64_t image, int64_t slot) const {
+    const int64_t offset = image * stride_b + slot * stride_s;
+    return is_long ? static_cast<const int64_t*>(data)[offset] : static_cast<const int32_t*>(data)[offset];
+  }
+};
+
+struct Gather {
+  Geometry g;
+  Weights weights;
+  const void* labels;  // [B,H,W]
+  int64_t label_b, label_y, label_x;
+  Classes classes;           // [B,S]
+  int64_t tasks, shared_by;  // warps that share a segment
+  bool count;
+  double unit;
+  unsigned long long* totals;  // [B,S], added to: 4 H W times the pixels of a class
+  int* invalid;                // set where a class is below -1
+};
+
+__device__ __forceinline__ double pixels_of(unsigned long long total, double unit) {
+  return static_cast<double>(total) * unit;
+}
+
+// The weights of one piece after another, and the pixels of the classes.
+class Gatherer {
+ public:
+  Gatherer(const Gpu& gpu, const Tensor& labels, const Tensor& classes, int64_t h, int64_t w);
+
+  // count: add this piece's pixels to the totals; each piece does so once
+  Weights of(const Piece& piece, bool count);
+
+  const unsigned long long* totals() const { return p_.totals; }
+  const int* invalid() const { return p_.invalid; }
+
+ private:
+  const Gpu& gpu_;
+
+ public:
+  const Geometry geometry;
+  const int64_t slots;
+  const std::vector<Piece> pieces;
+
+ private:
+  template <typename L>
+  Weights launch(bool wide);
+
+  Integer kind_;
+  Gather p_;
+  Tensor weight_, present_, totals_;
+};
+
+}  // namespace cisc::masked_average_pool::device
