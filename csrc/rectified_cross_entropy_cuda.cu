@@ -47,6 +47,7 @@ using cells::Walk;
 
 constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 constexpr float kLeast = 0x1p-64f, kLargest = 0x1p64f;  // between them a sum has lost no term that counts
+constexpr float kWidest = 120.0f;                       // of two exponentials, their ratio is a float
 constexpr int64_t kWarps = 8;                           // that keep a multiprocessor busy
 constexpr int kSmall = 2;        // pixels of a piece along an axis where cells have no more
 constexpr int64_t kCopies = 16;  // of a histogram, which fewer threads add to
@@ -81,6 +82,8 @@ struct Search {
 
 struct Kernel {
   Walk walk;
+  float step;    // fraction of a cell from pixel to pixel along a row
+  float widest;  // range of log2(e) logits in a cell from which on Powers might lose some
   int64_t planes;
   Labels labels;
   int64_t ignore_index;
@@ -172,25 +175,56 @@ __device__ __forceinline__ Square scaled(const Square& s, float most) {
           fmaf(s.d, kLog2E, -most)};
 }
 
-// log2(e) times the largest corner of a cell.
+// log2(e) times the largest and the smallest corner of a cell.
+struct Range {
+  float most, least;
+};
+
 template <typename T>
-__device__ __forceinline__ float largest_corner(const T* image, int64_t planes, int64_t stride_k,
-                                                const Corners& at) {
-  float most = -3e38f;
+__device__ __forceinline__ Range range_of_corners(const T* image, int64_t planes, int64_t stride_k,
+                                                  const Corners& at) {
+  float most = -3e38f, least = 3e38f;
   auto corners = cells::Planes<T>::of(image, stride_k, at);
 #pragma unroll 4
   for (int k = 0; k < static_cast<int>(planes); ++k) {
     const Square s = corners.read();
     corners.next(true);
     most = fmaxf(most, fmaxf(fmaxf(s.a, s.b), fmaxf(s.c, s.d)));
+    least = fminf(least, fminf(fminf(s.a, s.b), fminf(s.c, s.d)));
   }
-  return most * kLog2E;
+  return {most * kLog2E, least * kLog2E};
 }
 
-// Sums over the classes of 2^(log2(e) logit - most).
+// The exponentials of a piece in one class: along a row of pixels the logit is linear, so that they follow
+// from the first one and the ratio of neighbours.
+struct Powers {
+  float upper, lower;            // exponents at the piece's first column, between the corners of a side
+  float upper_step, lower_step;  // from pixel to pixel
+
+  // step: fraction of the cell from pixel to pixel; most: log2(e) times the largest corner.
+  template <int n>
+  __device__ __forceinline__ static Powers of(const Square& s, const Piece<n>& piece, float step,
+                                              float most) {
+    const float above = s.b - s.a, beneath = s.d - s.c, by = step * kLog2E;
+    return {fmaf(fmaf(above, piece.fx[0], s.a), kLog2E, -most),
+            fmaf(fmaf(beneath, piece.fx[0], s.c), kLog2E, -most), above * by, beneath * by};
+  }
+
+  // f(i, exponential of the first pixel of a row, ratio)
+  template <int n, typename Function>
+  __device__ __forceinline__ void rows(const Piece<n>& piece, const Function& f) const {
+    const float down = lower - upper, down_step = lower_step - upper_step;
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      f(i, fast_exp2(fmaf(down, piece.fy[i], upper)), fast_exp2(fmaf(down_step, piece.fy[i], upper_step)));
+    }
+  }
+};
+
+// Sums over the classes of 2^(log2(e) logit - most); those of pixels behind a piece mean nothing.
 template <int n, typename T>
 __device__ __forceinline__ void bounded_sums(const T* image, int64_t planes, int64_t stride_k,
-                                             const Corners& at, const Piece<n>& piece, float most,
+                                             const Corners& at, const Piece<n>& piece, float step, float most,
                                              // outputs
                                              float (&sums)[n][n]) {
 #pragma unroll
@@ -203,11 +237,17 @@ __device__ __forceinline__ void bounded_sums(const T* image, int64_t planes, int
   const int count = static_cast<int>(planes);
 #pragma unroll 1
   for (int k = 0; k < count; ++k) {
-    const Square s = scaled(next, most);
+    const Powers powers = Powers::of(next, piece, step, most);
     corners.next(k + 1 < count);
     next = corners.read();
-    cells::interpolate_finite(s, piece,
-                              [&](int i, int j, float exponent) { sums[i][j] += fast_exp2(exponent); });
+    powers.rows(piece, [&](int i, float power, float ratio) {
+      sums[i][0] += power;
+#pragma unroll
+      for (int j = 1; j < n; ++j) {
+        sums[i][j] = fmaf(power, ratio, sums[i][j]);
+        power *= ratio;
+      }
+    });
   }
 }
 
@@ -316,15 +356,13 @@ __device__ __forceinline__ float pixel_losses(const Kernel& p, int64_t image_num
   return total;
 }
 
-// The gradient of a piece, for all classes. share: weight / sum, 0 where there is no label.
-//
-// Of most classes no pixel of a warp has the label: they take the short way.
-template <bool kExact, int n, typename T>
+// The gradient of a piece, for all classes, from bounded sums. share: weight / sum, 0 where there is no
+// label.
+template <int n, typename T>
 __device__ __forceinline__ void send_slopes(const Kernel& p, const T* image, int64_t stride_k,
-                                            const Corners& at, const Piece<n>& piece, float bound,
-                                            const float (&most)[n][n], const float (&share)[n][n],
-                                            const int (&code)[n][n], const float (&weight)[n][n],
-                                            Passage passage, float* gradient) {
+                                            const Corners& at, const Piece<n>& piece, float step, float bound,
+                                            const float (&share)[n][n], const int (&code)[n][n],
+                                            const float (&weight)[n][n], Passage passage, float* gradient) {
   const int64_t points = p.walk.rows.n * p.walk.columns.n;
   const int count = static_cast<int>(p.planes);
   const unsigned labels = cells::labels_of_warp(code);
@@ -339,40 +377,63 @@ __device__ __forceinline__ void send_slopes(const Kernel& p, const T* image, int
   }
   auto corners = cells::Planes<T>::of(image, stride_k, at);
   Square next = corners.read();
+#pragma unroll 1
   for (int k = 0; k < count; ++k) {
-    const Square s = kExact ? next : scaled(next, bound);
+    const Powers powers = Powers::of(next, piece, step, bound);
     corners.next(k + 1 < count);
     next = corners.read();
-    Adjoint<n> adjoint;
-    if (kExact || (labels >> (k & 31) & 1) != 0) {
-      float slope[n];
-      const auto pixel = [&](int i, int j, float value) {
-        float term, part;
-        if (kExact) {
-          // What is not finite in a pixel that does not count must not become NaN by the factor 0.
-          term = code[i][j] < 0 ? 0.0f : fast_exp2((value - most[i][j]) * kLog2E);
-          part = share[i][j];
-        } else {
-          term = fast_exp2(value);
-          part = to_west[i][j] + to_east[i][j];
-        }
-        slope[j] = fmaf(term, part, code[i][j] == k ? -weight[i][j] : 0.0f);
-        if (j == n - 1) adjoint.add(piece, i, slope);
-      };
-      if (kExact) {
-        cells::interpolate(s, piece, pixel);
-      } else {
-        cells::interpolate_finite(s, piece, pixel);
+    float west[n], east[n];
+    // A row's sum is a polynomial of the ratio.
+    powers.rows(piece, [&](int i, float power, float ratio) {
+      west[i] = to_west[i][n - 1];
+      east[i] = to_east[i][n - 1];
+#pragma unroll
+      for (int j = n - 2; j >= 0; --j) {
+        west[i] = fmaf(west[i], ratio, to_west[i][j]);
+        east[i] = fmaf(east[i], ratio, to_east[i][j]);
       }
-    } else {
-      float west = 0.0f, east = 0.0f;
-      cells::interpolate_finite(s, piece, [&](int i, int j, float value) {
-        const float term = fast_exp2(value);
-        west = j == 0 ? term * to_west[i][j] : fmaf(term, to_west[i][j], west);
-        east = j == 0 ? term * to_east[i][j] : fmaf(term, to_east[i][j], east);
-        if (j == n - 1) adjoint.add(piece, i, west, east);
-      });
+      west[i] *= power;
+      east[i] *= power;
+    });
+    // Of most classes no pixel of a warp has the label.
+    if ((labels >> (k & 31) & 1) != 0) {
+#pragma unroll
+      for (int i = 0; i < n; ++i) {
+#pragma unroll
+        for (int j = 0; j < n; ++j) {
+          const float own = code[i][j] == k ? weight[i][j] : 0.0f;
+          west[i] = fmaf(-own, 1.0f - piece.fx[j], west[i]);
+          east[i] = fmaf(-own, piece.fx[j], east[i]);
+        }
+      }
     }
+    Adjoint<n> adjoint;
+#pragma unroll
+    for (int i = 0; i < n; ++i) adjoint.add(piece, i, west[i], east[i]);
+    passage.pass(adjoint.sums, gradient);
+    gradient += points;
+  }
+}
+
+// The same from exact sums, relative to `most`.
+template <int n, typename T>
+__device__ __forceinline__ void send_exact_slopes(const Kernel& p, const T* image, int64_t stride_k,
+                                                  const Corners& at, const Piece<n>& piece,
+                                                  const float (&most)[n][n], const float (&share)[n][n],
+                                                  const int (&code)[n][n], const float (&weight)[n][n],
+                                                  Passage passage, float* gradient) {
+  const int64_t points = p.walk.rows.n * p.walk.columns.n;
+#pragma unroll 1
+  for (int k = 0; k < static_cast<int>(p.planes); ++k) {
+    const Square s = Square::read(image + k * stride_k, at);
+    Adjoint<n> adjoint;
+    float slope[n];
+    cells::interpolate(s, piece, [&](int i, int j, float value) {
+      // What is not finite in a pixel that does not count must not become NaN by the factor 0.
+      const float term = code[i][j] < 0 ? 0.0f : fast_exp2((value - most[i][j]) * kLog2E);
+      slope[j] = fmaf(term, share[i][j], code[i][j] == k ? -weight[i][j] : 0.0f);
+      if (j == n - 1) adjoint.add(piece, i, slope);
+    });
     passage.pass(adjoint.sums, gradient);
     gradient += points;
   }
@@ -382,9 +443,10 @@ __device__ __forceinline__ void send_slopes(const Kernel& p, const T* image, int
 template <Mode kMode, bool kExact, int n, typename T>
 __device__ __forceinline__ float finish_piece(const Kernel& p, int64_t image_number, const T* image,
                                               int64_t stride_k, const Corners& at, const Piece<n>& piece,
-                                              float bound, const float (&most)[n][n], float (&sums)[n][n],
-                                              const int (&code)[n][n], const float (&weight)[n][n],
-                                              const Passage& passage, float* gradient) {
+                                              float step, float bound, const float (&most)[n][n],
+                                              float (&sums)[n][n], const int (&code)[n][n],
+                                              const float (&weight)[n][n], const Passage& passage,
+                                              float* gradient) {
   const float loss =
       pixel_losses<kExact>(p, image_number, image, stride_k, at, piece, bound, most, sums, code, weight);
   if constexpr (kMode == Mode::gradient) {
@@ -394,7 +456,11 @@ __device__ __forceinline__ float finish_piece(const Kernel& p, int64_t image_num
       for (int j = 0; j < n; ++j)
         sums[i][j] = code[i][j] < 0 ? 0.0f : fast_quotient(weight[i][j], sums[i][j]);
     }
-    send_slopes<kExact>(p, image, stride_k, at, piece, bound, most, sums, code, weight, passage, gradient);
+    if constexpr (kExact) {
+      send_exact_slopes(p, image, stride_k, at, piece, most, sums, code, weight, passage, gradient);
+    } else {
+      send_slopes(p, image, stride_k, at, piece, step, bound, sums, code, weight, passage, gradient);
+    }
   }
   return loss;
 }
@@ -457,15 +523,19 @@ __device__ __forceinline__ float piece_loss(const Kernel& p, int64_t image_numbe
                                             int64_t stride_k, const Corners& at, const Piece<n>& piece,
                                             const int (&code)[n][n], const Passage& passage, float* gradient,
                                             bool* fine) {
-  const float bound = largest_corner(image, p.planes, stride_k, at);
+  const Range range = range_of_corners(image, p.planes, stride_k, at);
+  const float bound = range.most;
+  // Of one pixel in a row there are no neighbours; the next cell's are not to grow beyond all bounds.
+  const float step = piece.columns > 1 ? p.step : 0.0f;
   float sums[n][n], weight[n][n];
-  bounded_sums(image, p.planes, stride_k, at, piece, bound, sums);
-  bool here = p.planes > 1;  // with one class the loss is exactly 0
+  bounded_sums(image, p.planes, stride_k, at, piece, step, bound, sums);
+  // With one class the loss is exactly 0. What is not finite shows in every sum, or in the range.
+  bool here = p.planes > 1 && range.most - range.least < p.widest && sums[0][0] < kLargest;
 #pragma unroll
   for (int i = 0; i < n; ++i) {
 #pragma unroll
     for (int j = 0; j < n; ++j) {
-      here = here && sums[i][j] < kLargest && (code[i][j] < 0 || sums[i][j] > kLeast);
+      here = here && (code[i][j] < 0 || (sums[i][j] < kLargest && sums[i][j] > kLeast));
     }
   }
   *fine = *fine && here;
@@ -473,11 +543,11 @@ __device__ __forceinline__ float piece_loss(const Kernel& p, int64_t image_numbe
   if (kGeneral && !__all_sync(kAll, here)) {
     float most[n][n];
     exact_sums(image, p.planes, stride_k, at, piece, most, sums);
-    return finish_piece<kMode, true>(p, image_number, image, stride_k, at, piece, bound, most, sums, code,
-                                     weight, passage, gradient);
+    return finish_piece<kMode, true>(p, image_number, image, stride_k, at, piece, step, bound, most, sums,
+                                     code, weight, passage, gradient);
   }
-  return finish_piece<kMode, false>(p, image_number, image, stride_k, at, piece, bound, sums, sums, code,
-                                    weight, passage, gradient);
+  return finish_piece<kMode, false>(p, image_number, image, stride_k, at, piece, step, bound, sums, sums,
+                                    code, weight, passage, gradient);
 }
 
 // kGeneral: with OHEM, with the maximum of a pixel where it is needed, and of tasks that another launch left
@@ -640,6 +710,8 @@ class Solver {
     const int64_t height = labels.size(1), width = labels.size(2);
     rows_ = Axis::of(logits.size(2), height, true);
     columns_ = Axis::of(logits.size(3), width, true);
+    if (columns_.n > 1) kernel.step = static_cast<float>(columns_.step) / static_cast<float>(columns_.whole);
+    kernel.widest = kernel.step > 0.5f ? kWidest / 2.0f : kWidest;
     kernel.planes = logits.size(1);
     kernel.labels = read_labels(labels);
     kernel.ignore_index = ignore_index;
