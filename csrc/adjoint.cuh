@@ -202,7 +202,8 @@ struct Carry {
 
 // A piece's place in the walk, and what is done with its sums.
 struct Passage {
-  float *upper, *lower;  // carry of the plane at hand
+  float *upper, *lower;  // carry of the first plane
+  int plane;             // place of the one at hand
   bool before;           // there is something for the upper points
   bool first, last;      // piece of its row of cells
   bool bottom;           // no row of points below
@@ -252,13 +253,12 @@ struct Passage {
       above = sums.a + __shfl_up_sync(kAll, sums.b, 1);
       beneath = sums.c + __shfl_up_sync(kAll, sums.d, 1);
     }
-    if (before) above += *upper;
-    if (!first) beneath += *lower;
-    if (!last) *upper = above;
-    *lower = beneath;
+    if (before) above += upper[plane];
+    if (!first) beneath += lower[plane];
+    if (!last) upper[plane] = above;
+    lower[plane] = beneath;
     if (writes && last) *gradient = above * factor;
-    upper += kLanes;
-    lower += kLanes;
+    plane = opaque(plane + kLanes);
   }
 };
 

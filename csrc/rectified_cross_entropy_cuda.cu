@@ -18,6 +18,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <type_traits>
 
 #include "adjoint.cuh"
 #include "pixel_loss.h"
@@ -180,11 +181,11 @@ struct Range {
   float most, least;
 };
 
-template <typename T>
+template <typename Offset, typename T>
 __device__ __forceinline__ Range range_of_corners(const T* image, int64_t planes, int64_t stride_k,
                                                   const Corners& at) {
   float most = -3e38f, least = 3e38f;
-  auto corners = cells::Planes<T>::of(image, stride_k, at);
+  auto corners = cells::Planes<T, Offset>::of(image, stride_k, at);
 #pragma unroll 4
   for (int k = 0; k < static_cast<int>(planes); ++k) {
     const Square s = corners.read();
@@ -222,7 +223,7 @@ struct Powers {
 };
 
 // Sums over the classes of 2^(log2(e) logit - most); those of pixels behind a piece mean nothing.
-template <int n, typename T>
+template <typename Offset, int n, typename T>
 __device__ __forceinline__ void bounded_sums(const T* image, int64_t planes, int64_t stride_k,
                                              const Corners& at, const Piece<n>& piece, float step, float most,
                                              // outputs
@@ -232,7 +233,7 @@ __device__ __forceinline__ void bounded_sums(const T* image, int64_t planes, int
 #pragma unroll
     for (int j = 0; j < n; ++j) sums[i][j] = 0.0f;
   }
-  auto corners = cells::Planes<T>::of(image, stride_k, at);
+  auto corners = cells::Planes<T, Offset>::of(image, stride_k, at);
   Square next = corners.read();
   const int count = static_cast<int>(planes);
 #pragma unroll 1
@@ -358,7 +359,7 @@ __device__ __forceinline__ float pixel_losses(const Kernel& p, int64_t image_num
 
 // The gradient of a piece, for all classes, from bounded sums. share: weight / sum, 0 where there is no
 // label.
-template <int n, typename T>
+template <typename Offset, int n, typename T>
 __device__ __forceinline__ void send_slopes(const Kernel& p, const T* image, int64_t stride_k,
                                             const Corners& at, const Piece<n>& piece, float step, float bound,
                                             const float (&share)[n][n], const int (&code)[n][n],
@@ -366,34 +367,26 @@ __device__ __forceinline__ void send_slopes(const Kernel& p, const T* image, int
   const int64_t points = p.walk.rows.n * p.walk.columns.n;
   const int count = static_cast<int>(p.planes);
   const unsigned labels = cells::labels_of_warp(code);
-  float to_west[n][n], to_east[n][n];
-#pragma unroll
-  for (int i = 0; i < n; ++i) {
-#pragma unroll
-    for (int j = 0; j < n; ++j) {
-      to_west[i][j] = share[i][j] * (1.0f - piece.fx[j]);
-      to_east[i][j] = share[i][j] * piece.fx[j];
-    }
-  }
-  auto corners = cells::Planes<T>::of(image, stride_k, at);
+  auto corners = cells::Planes<T, Offset>::of(image, stride_k, at);
   Square next = corners.read();
+  Offset point = 0;
 #pragma unroll 1
   for (int k = 0; k < count; ++k) {
     const Powers powers = Powers::of(next, piece, step, bound);
     corners.next(k + 1 < count);
     next = corners.read();
-    float west[n], east[n];
-    // A row's sum is a polynomial of the ratio.
+    // Of a row's slopes the sum, and that of slope times column: polynomials of the ratio, by Horner.
+    float plain[n], sloped[n];
     powers.rows(piece, [&](int i, float power, float ratio) {
-      west[i] = to_west[i][n - 1];
-      east[i] = to_east[i][n - 1];
+      plain[i] = share[i][n - 1];
+      sloped[i] = share[i][n - 1];
 #pragma unroll
       for (int j = n - 2; j >= 0; --j) {
-        west[i] = fmaf(west[i], ratio, to_west[i][j]);
-        east[i] = fmaf(east[i], ratio, to_east[i][j]);
+        plain[i] = fmaf(plain[i], ratio, share[i][j]);
+        if (j > 0) sloped[i] = fmaf(sloped[i], ratio, plain[i]);
       }
-      west[i] *= power;
-      east[i] *= power;
+      plain[i] *= power;
+      sloped[i] *= power * ratio;
     });
     // Of most classes no pixel of a warp has the label.
     if ((labels >> (k & 31) & 1) != 0) {
@@ -402,16 +395,28 @@ __device__ __forceinline__ void send_slopes(const Kernel& p, const T* image, int
 #pragma unroll
         for (int j = 0; j < n; ++j) {
           const float own = code[i][j] == k ? weight[i][j] : 0.0f;
-          west[i] = fmaf(-own, 1.0f - piece.fx[j], west[i]);
-          east[i] = fmaf(-own, piece.fx[j], east[i]);
+          plain[i] -= own;
+          if (j > 0) sloped[i] = fmaf(-own, static_cast<float>(j), sloped[i]);
         }
       }
     }
-    Adjoint<n> adjoint;
+    float all = plain[0], all_sloped = sloped[0];
+    float below = plain[0] * piece.fy[0], below_sloped = sloped[0] * piece.fy[0];
 #pragma unroll
-    for (int i = 0; i < n; ++i) adjoint.add(piece, i, west[i], east[i]);
-    passage.pass(adjoint.sums, gradient);
-    gradient += points;
+    for (int i = 1; i < n; ++i) {
+      all += plain[i];
+      all_sloped += sloped[i];
+      below = fmaf(plain[i], piece.fy[i], below);
+      below_sloped = fmaf(sloped[i], piece.fy[i], below_sloped);
+    }
+    Square sums;
+    const float above = all - below;
+    sums.b = fmaf(above, piece.fx[0], (all_sloped - below_sloped) * step);
+    sums.d = fmaf(below, piece.fx[0], below_sloped * step);
+    sums.a = above - sums.b;
+    sums.c = below - sums.d;
+    passage.pass(sums, gradient + point);
+    point = static_cast<Offset>(opaque(point + static_cast<Offset>(points)));
   }
 }
 
@@ -440,7 +445,7 @@ __device__ __forceinline__ void send_exact_slopes(const Kernel& p, const T* imag
 }
 
 // Loss and gradient of a piece from its sums. A whole warp.
-template <Mode kMode, bool kExact, int n, typename T>
+template <Mode kMode, bool kExact, typename Offset, int n, typename T>
 __device__ __forceinline__ float finish_piece(const Kernel& p, int64_t image_number, const T* image,
                                               int64_t stride_k, const Corners& at, const Piece<n>& piece,
                                               float step, float bound, const float (&most)[n][n],
@@ -459,7 +464,7 @@ __device__ __forceinline__ float finish_piece(const Kernel& p, int64_t image_num
     if constexpr (kExact) {
       send_exact_slopes(p, image, stride_k, at, piece, most, sums, code, weight, passage, gradient);
     } else {
-      send_slopes(p, image, stride_k, at, piece, step, bound, sums, code, weight, passage, gradient);
+      send_slopes<Offset>(p, image, stride_k, at, piece, step, bound, sums, code, weight, passage, gradient);
     }
   }
   return loss;
@@ -523,12 +528,13 @@ __device__ __forceinline__ float piece_loss(const Kernel& p, int64_t image_numbe
                                             int64_t stride_k, const Corners& at, const Piece<n>& piece,
                                             const int (&code)[n][n], const Passage& passage, float* gradient,
                                             bool* fine) {
-  const Range range = range_of_corners(image, p.planes, stride_k, at);
+  using Offset = std::conditional_t<kGeneral, int64_t, int32_t>;
+  const Range range = range_of_corners<Offset>(image, p.planes, stride_k, at);
   const float bound = range.most;
   // Of one pixel in a row there are no neighbours; the next cell's are not to grow beyond all bounds.
   const float step = piece.columns > 1 ? p.step : 0.0f;
   float sums[n][n], weight[n][n];
-  bounded_sums(image, p.planes, stride_k, at, piece, step, bound, sums);
+  bounded_sums<Offset>(image, p.planes, stride_k, at, piece, step, bound, sums);
   // With one class the loss is exactly 0. What is not finite shows in every sum, or in the range.
   bool here = p.planes > 1 && range.most - range.least < p.widest && sums[0][0] < kLargest;
 #pragma unroll
@@ -543,11 +549,11 @@ __device__ __forceinline__ float piece_loss(const Kernel& p, int64_t image_numbe
   if (kGeneral && !__all_sync(kAll, here)) {
     float most[n][n];
     exact_sums(image, p.planes, stride_k, at, piece, most, sums);
-    return finish_piece<kMode, true>(p, image_number, image, stride_k, at, piece, step, bound, most, sums,
-                                     code, weight, passage, gradient);
+    return finish_piece<kMode, true, Offset>(p, image_number, image, stride_k, at, piece, step, bound, most,
+                                             sums, code, weight, passage, gradient);
   }
-  return finish_piece<kMode, false>(p, image_number, image, stride_k, at, piece, step, bound, sums, sums,
-                                    code, weight, passage, gradient);
+  return finish_piece<kMode, false, Offset>(p, image_number, image, stride_k, at, piece, step, bound, sums,
+                                            sums, code, weight, passage, gradient);
 }
 
 // kGeneral: with OHEM, with the maximum of a pixel where it is needed, and of tasks that another launch left
@@ -769,7 +775,9 @@ class Solver {
     kernel.carry = plan.workspace > 0 ? data_of<float>(carry) : nullptr;
     kernel.partial = data_of<double>(partial);
     // Of what the general kernel is for, there is mostly nothing.
-    const bool general = kernel.limit != nullptr || kernel.planes == 1 || kMode == Mode::histogram;
+    const int64_t farthest = kernel.planes * std::max(logits_.stride(1), logits_.size(2) * logits_.size(3));
+    const bool general =
+        kernel.limit != nullptr || kernel.planes == 1 || kMode == Mode::histogram || farthest > INT32_MAX;
     Tensor left = device_empty(logits_, {general ? 0 : kernel.walk.tasks()}, ScalarType::Byte);
     kernel.left = general ? nullptr : data_of<uint8_t>(left);
     const int64_t blocks = general ? plan.blocks : std::min(plan.blocks, gpu_.multiprocessors() * kWarps);
