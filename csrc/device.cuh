@@ -165,6 +165,15 @@ __device__ __forceinline__ T opaque(T value) {
   return value;
 }
 
+// The same pointer, which the compiler keeps in a register instead of computing it where it is used.
+template <typename T>
+__device__ __forceinline__ T* held(T* pointer) {
+#ifndef CISC_SIMT
+  asm("" : "+l"(pointer));
+#endif
+  return pointer;
+}
+
 // Sum over a warp, the same to all of its threads, in a fixed order.
 template <typename T>
 __device__ __forceinline__ T warp_sum(T value) {
