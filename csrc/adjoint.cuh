@@ -315,6 +315,9 @@ inline Classes classes_of(const Tensor& classes) {
           classes.scalar_type() == ScalarType::Long};
 }
 
+// What the loss and its gradient are divided by.
+enum class Divisor : int32_t { given, counted, kept };
+
 namespace {
 
 constexpr int kFinishThreads = 512, kCountThreads = 256;
@@ -356,9 +359,6 @@ __global__ void __launch_bounds__(kCountThreads)
   const int64_t all = block_sum<kCountThreads>(counted);
   if (threadIdx.x == 0 && all > 0) atomicAdd(&state->counted, static_cast<unsigned long long>(all));
 }
-
-// What the loss and its gradient are divided by.
-enum class Divisor : int32_t { given, counted, kept };
 
 __device__ __forceinline__ double divisor_of(const State* state, Divisor by, double given) {
   if (by == Divisor::given) return given;

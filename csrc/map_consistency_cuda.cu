@@ -1,8 +1,8 @@
 // map_consistency on a GPU: a thread has a cell of low-resolution similarities; loss and gradient in one
 // pass.
 //
-// Work: at B = 16, S = 1, 721 x 721 there are 8.3 M pixels of some 80 instructions with the gradient (label,
-// interpolation, logarithm, division, adjoint): 25 us of 132 x 128 a clock at 1.75 GHz; the bytes, mostly
+// Work: at B = 16, S = 1, 721 x 721 there are 8.3 M pixels of some 70 instructions with the gradient (label,
+// interpolation, logarithm, division, adjoint): 22 us of 132 x 128 a clock at 1.75 GHz; the bytes, mostly
 // labels, are 12 MB, 3 us. How many pixels count is known only at the end: the gradient, of low resolution,
 // is divided then.
 
