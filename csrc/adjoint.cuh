@@ -76,13 +76,30 @@ struct Piece {
   __device__ __forceinline__ static Piece of(const Walk& walk, const Column& column, int64_t row, int y,
                                              int bottom, int x) {
     Piece p{y, x, bottom - y, column.last - x, {}, {}};
-#pragma unroll
-    for (int i = 0; i < kPixels; ++i) {
-      p.fy[i] = i < p.rows ? walk.rows.fraction(y + i, row) : 0.0f;
-      const float fraction = column.cell < 0 ? 1.0f : walk.columns.fraction(x + i, column.cell);
-      p.fx[i] = i < p.columns ? fraction : 0.0f;
-    }
+    fractions(walk.rows, y, static_cast<int>(row), p.rows, p.fy);
+    fractions(walk.columns, x, column.cell, p.columns, p.fx);
     return p;
+  }
+
+  // Of `count` pixels of a cell as of Axis::fraction, which is 1 in cell -1, and 0 behind them.
+  __device__ __forceinline__ static void fractions(const Axis& axis, int first, int cell, int count,
+                                                   // outputs
+                                                   float (&to)[kPixels]) {
+    // Where pixels lie in their cell is below 2^31, whatever the positions that it is the difference of.
+    const auto low = [](int64_t value) { return static_cast<uint32_t>(value); };
+    const uint32_t step = low(axis.step);
+    uint32_t at = low(first) * step + low(axis.shift) - low(cell) * low(axis.whole);
+    const float whole = static_cast<float>(low(axis.whole)), by = 1.0f / whole;
+    const bool last = cell >= axis.n - 1;
+#pragma unroll
+    for (int i = 0; i < kPixels; ++i, at += step) {
+      const int from = static_cast<int>(at);
+      const float part = static_cast<float>(from > 0 ? from : 0);
+      // Rounded once more, as a division is.
+      const float quotient = part * by, fraction = fmaf(fmaf(-quotient, whole, part), by, quotient);
+      const float known = last ? 0.0f : fraction;
+      to[i] = i < count ? (cell < 0 ? 1.0f : known) : 0.0f;
+    }
   }
 
   __device__ __forceinline__ bool has(int i, int j) const { return i < rows && j < columns; }
@@ -202,7 +219,8 @@ struct Carry {
 
 // A piece's place in the walk, and what is done with its sums.
 struct Passage {
-  float *upper, *lower;  // carry of the plane at hand
+  float *upper, *lower;  // carry of the first plane
+  int plane;             // place of the one at hand
   bool before;           // there is something for the upper points
   bool first, last;      // piece of its row of cells
   bool bottom;           // no row of points below
@@ -215,8 +233,8 @@ struct Passage {
   __device__ __forceinline__ static Passage of(const Walk& walk, const Carry& carry, const Column& column,
                                                int64_t row, bool writes, float factor) {
     Passage p{};
-    p.upper = carry.memory + row % 2 * carry.half;
-    p.lower = carry.memory + (row + 1) % 2 * carry.half;
+    p.upper = held(carry.memory + row % 2 * carry.half);
+    p.lower = held(carry.memory + (row + 1) % 2 * carry.half);
     p.bottom = row + 1 == walk.rows.n;
     p.last_cell = column.cell + 1 == walk.columns.n;
     p.front = walk.front > 0 && column.tile == 0;
@@ -252,13 +270,12 @@ struct Passage {
       above = sums.a + __shfl_up_sync(kAll, sums.b, 1);
       beneath = sums.c + __shfl_up_sync(kAll, sums.d, 1);
     }
-    if (before) above += *upper;
-    if (!first) beneath += *lower;
-    if (!last) *upper = above;
-    *lower = beneath;
+    if (before) above += upper[plane];
+    if (!first) beneath += lower[plane];
+    if (!last) upper[plane] = above;
+    lower[plane] = beneath;
     if (writes && last) *gradient = above * factor;
-    upper += kLanes;
-    lower += kLanes;
+    plane = opaque(plane + kLanes);
   }
 };
 
@@ -297,6 +314,9 @@ inline Classes classes_of(const Tensor& classes) {
   return {classes.const_data_ptr(), classes.size(1), classes.stride(0), classes.stride(1),
           classes.scalar_type() == ScalarType::Long};
 }
+
+// What the loss and its gradient are divided by.
+enum class Divisor : int32_t { given, counted, kept };
 
 namespace {
 
@@ -339,9 +359,6 @@ __global__ void __launch_bounds__(kCountThreads)
   const int64_t all = block_sum<kCountThreads>(counted);
   if (threadIdx.x == 0 && all > 0) atomicAdd(&state->counted, static_cast<unsigned long long>(all));
 }
-
-// What the loss and its gradient are divided by.
-enum class Divisor : int32_t { given, counted, kept };
 
 __device__ __forceinline__ double divisor_of(const State* state, Divisor by, double given) {
   if (by == Divisor::given) return given;

@@ -52,27 +52,23 @@ struct Square {
   }
 };
 
-// The corners of a cell in one plane after the other.
-template <typename T>
+// The corners of a cell in one plane after the other. Offset: int32_t where planes * step fits.
+template <typename T, typename Offset>
 struct Planes {
   const T *a, *b, *c, *d;
-  int64_t step;
+  Offset step, offset;
 
   __device__ __forceinline__ static Planes of(const T* plane, int64_t step, const Corners& at) {
-    return {plane + at.upper_left, plane + at.upper_right, plane + at.lower_left, plane + at.lower_right,
-            step};
+    return {plane + at.upper_left,  plane + at.upper_right,    plane + at.lower_left,
+            plane + at.lower_right, static_cast<Offset>(step), 0};
   }
 
-  __device__ __forceinline__ Square read() const { return {a->widen(), b->widen(), c->widen(), d->widen()}; }
+  __device__ __forceinline__ Square read() const {
+    return {a[offset].widen(), b[offset].widen(), c[offset].widen(), d[offset].widen()};
+  }
 
   // Go on to the next plane, or stay at the last one: what is read ahead there is not used.
-  __device__ __forceinline__ void next(bool more) {
-    const int64_t by = more ? step : 0;
-    a += by;
-    b += by;
-    c += by;
-    d += by;
-  }
+  __device__ __forceinline__ void next(bool more) { offset = opaque(offset + (more ? step : 0)); }
 };
 
 // low * (1 - fraction) + high * fraction, with both products: 0 * inf is NaN.

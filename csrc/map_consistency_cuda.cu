@@ -1,8 +1,8 @@
 // map_consistency on a GPU: a thread has a cell of low-resolution similarities; loss and gradient in one
 // pass.
 //
-// Work: at B = 16, S = 1, 721 x 721 there are 8.3 M pixels of some 80 instructions with the gradient (label,
-// interpolation, logarithm, division, adjoint): 25 us of 132 x 128 a clock at 1.75 GHz; the bytes, mostly
+// Work: at B = 16, S = 1, 721 x 721 there are 8.3 M pixels of some 70 instructions with the gradient (label,
+// interpolation, logarithm, division, adjoint): 22 us of 132 x 128 a clock at 1.75 GHz; the bytes, mostly
 // labels, are 12 MB, 3 us. How many pixels count is known only at the end: the gradient, of low resolution,
 // is divided then.
 
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kLanes, kWarps) consistency_kernel(Maps<T> sim
       const bool counts = column.counts && at >= task.begin;
       Passage passage = Passage::of(walk, carry, column, at, at >= task.begin, share);
       float* const gradient =
-          p.grad + ((task.image * p.maps * walk.rows.n + at) * walk.columns.n + column.cell);
+          held(p.grad + ((task.image * p.maps * walk.rows.n + at) * walk.columns.n + column.cell));
       float row_loss = 0.0f;
       for (int piece_y = 0; piece_y < pieces_y; ++piece_y) {
         for (int piece_x = 0; piece_x < pieces_x; ++piece_x) {

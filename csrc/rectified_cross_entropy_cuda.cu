@@ -1,14 +1,15 @@
 // rectified_cross_entropy on a GPU: a thread has a cell of low-resolution logits and goes through the classes
 // for their largest corner, for the sums of the exponentials, and for the gradient.
 //
-// Work: for a pixel and class, of 4 x 4 in a cell, the largest corner takes an instruction, the sum 5 and an
-// exponential, the gradient 10 and another one, and a pixel some 60 for its label, logarithm and weight: at B
-// = 16, K = 19, 721 x 721 that is 3.4 G, with what neighbouring warps go through both 3.8 G, of 132 x 128 a
-// clock at 1.75 GHz, 128 us, beside 95 us of exponentials, of which a multiprocessor takes 16 a clock. The
-// bytes are 20 us.
+// Work: for a pixel and class, of 4 x 4 in a cell, the largest corner takes a good instruction, the sum 4 and
+// the gradient 8, and a pixel some 50 for its label, logarithm and weight: at B = 16, K = 19, 721 x 721 that
+// is 2.5 G, with what neighbouring warps go through both 2.8 G, of 132 x 128 a clock at 1.75 GHz, 95 us. A
+// row of four pixels takes two exponentials in each pass, its first one and the ratio of neighbours, of which
+// a multiprocessor takes 16 a clock: 48 us. The bytes are 20 us.
 //
 // The exponentials are taken relative to the largest corner of a cell, which bounds all its pixels. Where a
-// pixel lies so far below that its sum gets tiny, the maximum of each pixel is found first.
+// pixel lies so far below that its sum gets tiny, or corners so far apart that a first exponential or a ratio
+// is none, the maximum of each pixel is found first.
 //
 // So it is, too, for the probabilities by which hard pixels are chosen: equal logits must have equal ones,
 // and three launches must find the same, to the last bit: they have one function. Loss and gradient of the
@@ -19,466 +20,13 @@
 #include <string>
 #include <tuple>
 
-#include "adjoint.cuh"
-#include "pixel_loss.h"
 #include "rectified_cross_entropy_arguments.h"
+#include "rectified_cross_entropy_device.cuh"
 #include "tensors.h"
 
 namespace cisc::rectified_cross_entropy {
 
 namespace {
-
-using cells::Adjoint;
-using cells::Axis;
-using cells::Carry;
-using cells::CarryPlan;
-using cells::Classes;
-using cells::Column;
-using cells::Corners;
-using cells::Divisor;
-using cells::kLanes;
-using cells::kMost;
-using cells::Maps;
-using cells::Passage;
-using cells::Piece;
-using cells::Square;
-using cells::State;
-using cells::Walk;
-
-constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
-constexpr float kLeast = 0x1p-64f, kLargest = 0x1p64f;  // between them a sum has lost no term that counts
-constexpr int64_t kWarps = 8;                           // that keep a multiprocessor busy
-constexpr int kSmall = 2;        // pixels of a piece along an axis where cells have no more
-constexpr int64_t kCopies = 16;  // of a histogram, which fewer threads add to
-constexpr int kDigits = static_cast<int>(kHistogram), kGroup = 256, kGroups = kDigits / kGroup;
-
-enum class Mode { loss, gradient, histogram };
-
-// Maps [B,S,h',w'] of any of the element types.
-struct Similarity {
-  Float kind;
-  const void* data;
-  int64_t slots;  // 0: no weights
-  int64_t stride_b, stride_s, stride_y, stride_x;
-  Axis rows, columns;
-
-  __device__ __forceinline__ float at(int64_t offset) const {
-    switch (kind) {
-      case Float::f32:
-        return static_cast<const float*>(data)[offset];
-      case Float::bf16:
-        return static_cast<const BFloat16*>(data)[offset].widen();
-      default:
-        return static_cast<const Float16*>(data)[offset].widen();
-    }
-  }
-};
-
-// Where the probability of a rank lies: its leading digit, and the rank among those that have it.
-struct Search {
-  long long digit, rank;
-};
-
-struct Kernel {
-  Walk walk;
-  int64_t planes;
-  Labels labels;
-  int64_t ignore_index;
-  Similarity maps;
-  Classes classes;     // of null: the map is each pixel's likeness to its own label
-  const float* limit;  // [], largest probability of a pixel that is kept; null: all are
-  const float* given;  // [B,H,W] gradient of each pixel, or null
-  int64_t given_b, given_y, given_x;
-  Divisor by;  // of the gradient
-  double divisor;
-  const Search* search;  // null while leading digits are counted
-  float* carry;          // [blocks, of a warp], or null where it is in shared memory
-  uint8_t* left;         // [tasks], 1 where the general kernel has to do it; null: it does all
-  State* state;
-  double* partial;                // [partials]
-  float* grad;                    // [B,K,h,w]
-  float* pixel_loss;              // [B,H,W] or null
-  unsigned long long* histogram;  // [kCopies,kDigits], added to
-};
-
-// The label of each pixel of a piece; -1 where there is none, or it is ignored or wrong.
-template <int n>
-__device__ __forceinline__ void read_codes(const Kernel& p, int64_t image, const Piece<n>& piece, bool* wrong,
-                                           // outputs
-                                           int (&code)[n][n]) {
-  cells::for_labels(p.labels, image, piece, p.ignore_index, [&](int i, int j, bool counts, auto label) {
-    const bool known = label < static_cast<decltype(label)>(p.planes);
-    code[i][j] = counts && known ? static_cast<int>(label) : -1;
-    *wrong = *wrong || (counts && !known);
-  });
-}
-
-// weight = 1 - mean over the valid classes of |1[label = class] - similarity|, or the similarity to the own
-// label
-template <int n>
-__device__ __forceinline__ void weigh(const Kernel& p, int64_t image, const Piece<n>& piece,
-                                      const int (&code)[n][n],
-                                      // outputs
-                                      float (&weight)[n][n]) {
-  const Similarity& maps = p.maps;
-#pragma unroll
-  for (int i = 0; i < n; ++i) {
-#pragma unroll
-    for (int j = 0; j < n; ++j) weight[i][j] = 0.0f;
-  }
-  int row[n], column[n];
-  float fy[n], fx[n];
-#pragma unroll
-  for (int i = 0; i < n && maps.slots > 0; ++i) {
-    const int y = i < piece.rows ? piece.y + i : 0, x = i < piece.columns ? piece.x + i : 0;
-    row[i] = static_cast<int>(maps.rows.cell_of(y));
-    column[i] = static_cast<int>(maps.columns.cell_of(x));
-    fy[i] = maps.rows.fraction(y, row[i]);
-    fx[i] = maps.columns.fraction(x, column[i]);
-  }
-  int valid = 0;
-  for (int64_t slot = 0; slot < maps.slots; ++slot) {
-    const int64_t target = p.classes.data == nullptr ? 0 : p.classes.at(image, slot);
-    if (target < 0) continue;
-    ++valid;
-    const int64_t plane = image * maps.stride_b + slot * maps.stride_s;
-#pragma unroll
-    for (int i = 0; i < n; ++i) {
-      const int64_t upper = plane + row[i] * maps.stride_y,
-                    lower = plane + maps.rows.next(row[i]) * maps.stride_y;
-#pragma unroll
-      for (int j = 0; j < n; ++j) {
-        const int64_t left = column[j] * maps.stride_x, right = maps.columns.next(column[j]) * maps.stride_x;
-        const float west = cells::blend(maps.at(upper + left), maps.at(lower + left), fy[i]);
-        const float east = cells::blend(maps.at(upper + right), maps.at(lower + right), fy[i]);
-        const float likeness = clamp_similarity(cells::blend(west, east, fx[j]), 0.0f, 1.0f);
-        weight[i][j] +=
-            p.classes.data == nullptr ? likeness : consistency_gap(code[i][j] == target, likeness, 1.0f);
-      }
-    }
-  }
-  if (valid > 0 && p.classes.data == nullptr) return;
-  const float count = static_cast<float>(valid > 0 ? valid : 1);
-#pragma unroll
-  for (int i = 0; i < n; ++i) {
-#pragma unroll
-    for (int j = 0; j < n; ++j) weight[i][j] = valid > 0 ? 1.0f - __fdiv_rn(weight[i][j], count) : 1.0f;
-  }
-}
-
-// log2(e) times corners, less `most`.
-__device__ __forceinline__ Square scaled(const Square& s, float most) {
-  return {fmaf(s.a, kLog2E, -most), fmaf(s.b, kLog2E, -most), fmaf(s.c, kLog2E, -most),
-          fmaf(s.d, kLog2E, -most)};
-}
-
-// log2(e) times the largest corner of a cell.
-template <typename T>
-__device__ __forceinline__ float largest_corner(const T* image, int64_t planes, int64_t stride_k,
-                                                const Corners& at) {
-  float most = -3e38f;
-  auto corners = cells::Planes<T>::of(image, stride_k, at);
-#pragma unroll 4
-  for (int k = 0; k < static_cast<int>(planes); ++k) {
-    const Square s = corners.read();
-    corners.next(true);
-    most = fmaxf(most, fmaxf(fmaxf(s.a, s.b), fmaxf(s.c, s.d)));
-  }
-  return most * kLog2E;
-}
-
-// Sums over the classes of 2^(log2(e) logit - most).
-template <int n, typename T>
-__device__ __forceinline__ void bounded_sums(const T* image, int64_t planes, int64_t stride_k,
-                                             const Corners& at, const Piece<n>& piece, float most,
-                                             // outputs
-                                             float (&sums)[n][n]) {
-#pragma unroll
-  for (int i = 0; i < n; ++i) {
-#pragma unroll
-    for (int j = 0; j < n; ++j) sums[i][j] = 0.0f;
-  }
-  auto corners = cells::Planes<T>::of(image, stride_k, at);
-  Square next = corners.read();
-  const int count = static_cast<int>(planes);
-#pragma unroll 1
-  for (int k = 0; k < count; ++k) {
-    const Square s = scaled(next, most);
-    corners.next(k + 1 < count);
-    next = corners.read();
-    cells::interpolate_finite(s, piece,
-                              [&](int i, int j, float exponent) { sums[i][j] += fast_exp2(exponent); });
-  }
-}
-
-// Sums of 2^(log2(e) (logit - most)), where `most` is each pixel's largest logit.
-template <int n, typename T>
-__device__ __forceinline__ void exact_sums(const T* image, int64_t planes, int64_t stride_k,
-                                           const Corners& at, const Piece<n>& piece,
-                                           // outputs
-                                           float (&most)[n][n], float (&sums)[n][n]) {
-#pragma unroll
-  for (int i = 0; i < n; ++i) {
-#pragma unroll
-    for (int j = 0; j < n; ++j) {
-      most[i][j] = -INFINITY;
-      sums[i][j] = 0.0f;
-    }
-  }
-  for (int64_t k = 0; k < planes; ++k) {
-    const Square s = Square::read(image + k * stride_k, at);
-    cells::interpolate(s, piece, [&](int i, int j, float logit) { most[i][j] = fmaxf(most[i][j], logit); });
-  }
-  for (int64_t k = 0; k < planes; ++k) {
-    const Square s = Square::read(image + k * stride_k, at);
-    cells::interpolate(
-        s, piece, [&](int i, int j, float logit) { sums[i][j] += fast_exp2((logit - most[i][j]) * kLog2E); });
-  }
-}
-
-// f(i, j, logit of the label) where there is a label; neighbours often have the same.
-template <bool kExact, int n, typename T, typename Function>
-__device__ __forceinline__ void own_logits(const T* image, int64_t stride_k, const Corners& at,
-                                           const Piece<n>& piece, float most, const int (&code)[n][n],
-                                           const Function& f) {
-  int last = -1;
-  Square s{};
-#pragma unroll
-  for (int i = 0; i < n; ++i) {
-#pragma unroll
-    for (int j = 0; j < n; ++j) {
-      if (code[i][j] < 0) continue;
-      if (code[i][j] != last) {
-        last = code[i][j];
-        s = Square::read(image + last * stride_k, at);
-        if (!kExact) s = scaled(s, most);
-      }
-      if (kExact) {
-        f(i, j,
-          cells::blend(cells::blend(s.a, s.c, piece.fy[i]), cells::blend(s.b, s.d, piece.fy[i]),
-                       piece.fx[j]));
-      } else {
-        const float west = fmaf(s.c - s.a, piece.fy[i], s.a), east = fmaf(s.d - s.b, piece.fy[i], s.b);
-        f(i, j, fmaf(east - west, piece.fx[j], west));
-      }
-    }
-  }
-}
-
-// A pixel's probability of its label; of the same logits the same in every launch.
-__device__ __forceinline__ float probability(float own, float most, float sum) {
-  return __fdiv_rn(fast_exp2((own - most) * kLog2E), sum);
-}
-
-// Leave out the pixels that OHEM drops.
-template <int n, typename T>
-__device__ __forceinline__ void drop_easy(const T* image, int64_t planes, int64_t stride_k, const Corners& at,
-                                          const Piece<n>& piece, float limit, int (&code)[n][n]) {
-  float most[n][n], sums[n][n];
-  exact_sums(image, planes, stride_k, at, piece, most, sums);
-  unsigned dropped = 0;
-  own_logits<true>(image, stride_k, at, piece, 0.0f, code, [&](int i, int j, float own) {
-    if (probability(own, most[i][j], sums[i][j]) > limit) dropped |= 1u << (i * n + j);
-  });
-#pragma unroll
-  for (int i = 0; i < n; ++i) {
-#pragma unroll
-    for (int j = 0; j < n; ++j) code[i][j] = (dropped >> (i * n + j) & 1) != 0 ? -1 : code[i][j];
-  }
-}
-
-// Loss of each pixel that has a label, 0 elsewhere, from sums as of bounded_sums or exact_sums; `most` of the
-// latter, `bound` of the former.
-template <bool kExact, int n, typename T>
-__device__ __forceinline__ float pixel_losses(const Kernel& p, int64_t image_number, const T* image,
-                                              int64_t stride_k, const Corners& at, const Piece<n>& piece,
-                                              float bound, const float (&most)[n][n],
-                                              const float (&sums)[n][n], const int (&code)[n][n],
-                                              const float (&weight)[n][n]) {
-  float total = 0.0f;
-  float* const to = p.pixel_loss;
-  const int64_t corner = (image_number * p.walk.rows.m + piece.y) * p.walk.columns.m + piece.x;
-  own_logits<kExact>(image, stride_k, at, piece, bound, code, [&](int i, int j, float own) {
-    const float exponent = kExact ? (own - most[i][j]) * kLog2E : own;
-    const float loss = (log2f(sums[i][j]) - exponent) * kLn2 * weight[i][j];
-    total += loss;
-    if (to != nullptr) to[corner + i * p.walk.columns.m + j] = loss;
-  });
-  if (to != nullptr) {
-#pragma unroll
-    for (int i = 0; i < n; ++i) {
-#pragma unroll
-      for (int j = 0; j < n; ++j) {
-        if (piece.has(i, j) && code[i][j] < 0) to[corner + i * p.walk.columns.m + j] = 0.0f;
-      }
-    }
-  }
-  return total;
-}
-
-// The gradient of a piece, for all classes. share: weight / sum, 0 where there is no label.
-//
-// Of most classes no pixel of a warp has the label: they take the short way.
-template <bool kExact, int n, typename T>
-__device__ __forceinline__ void send_slopes(const Kernel& p, const T* image, int64_t stride_k,
-                                            const Corners& at, const Piece<n>& piece, float bound,
-                                            const float (&most)[n][n], const float (&share)[n][n],
-                                            const int (&code)[n][n], const float (&weight)[n][n],
-                                            Passage passage, float* gradient) {
-  const int64_t points = p.walk.rows.n * p.walk.columns.n;
-  const int count = static_cast<int>(p.planes);
-  const unsigned labels = cells::labels_of_warp(code);
-  float to_west[n][n], to_east[n][n];
-#pragma unroll
-  for (int i = 0; i < n; ++i) {
-#pragma unroll
-    for (int j = 0; j < n; ++j) {
-      to_west[i][j] = share[i][j] * (1.0f - piece.fx[j]);
-      to_east[i][j] = share[i][j] * piece.fx[j];
-    }
-  }
-  auto corners = cells::Planes<T>::of(image, stride_k, at);
-  Square next = corners.read();
-  for (int k = 0; k < count; ++k) {
-    const Square s = kExact ? next : scaled(next, bound);
-    corners.next(k + 1 < count);
-    next = corners.read();
-    Adjoint<n> adjoint;
-    if (kExact || (labels >> (k & 31) & 1) != 0) {
-      float slope[n];
-      const auto pixel = [&](int i, int j, float value) {
-        float term, part;
-        if (kExact) {
-          // What is not finite in a pixel that does not count must not become NaN by the factor 0.
-          term = code[i][j] < 0 ? 0.0f : fast_exp2((value - most[i][j]) * kLog2E);
-          part = share[i][j];
-        } else {
-          term = fast_exp2(value);
-          part = to_west[i][j] + to_east[i][j];
-        }
-        slope[j] = fmaf(term, part, code[i][j] == k ? -weight[i][j] : 0.0f);
-        if (j == n - 1) adjoint.add(piece, i, slope);
-      };
-      if (kExact) {
-        cells::interpolate(s, piece, pixel);
-      } else {
-        cells::interpolate_finite(s, piece, pixel);
-      }
-    } else {
-      float west = 0.0f, east = 0.0f;
-      cells::interpolate_finite(s, piece, [&](int i, int j, float value) {
-        const float term = fast_exp2(value);
-        west = j == 0 ? term * to_west[i][j] : fmaf(term, to_west[i][j], west);
-        east = j == 0 ? term * to_east[i][j] : fmaf(term, to_east[i][j], east);
-        if (j == n - 1) adjoint.add(piece, i, west, east);
-      });
-    }
-    passage.pass(adjoint.sums, gradient);
-    gradient += points;
-  }
-}
-
-// Loss and gradient of a piece from its sums. A whole warp.
-template <Mode kMode, bool kExact, int n, typename T>
-__device__ __forceinline__ float finish_piece(const Kernel& p, int64_t image_number, const T* image,
-                                              int64_t stride_k, const Corners& at, const Piece<n>& piece,
-                                              float bound, const float (&most)[n][n], float (&sums)[n][n],
-                                              const int (&code)[n][n], const float (&weight)[n][n],
-                                              const Passage& passage, float* gradient) {
-  const float loss =
-      pixel_losses<kExact>(p, image_number, image, stride_k, at, piece, bound, most, sums, code, weight);
-  if constexpr (kMode == Mode::gradient) {
-#pragma unroll
-    for (int i = 0; i < n; ++i) {
-#pragma unroll
-      for (int j = 0; j < n; ++j)
-        sums[i][j] = code[i][j] < 0 ? 0.0f : fast_quotient(weight[i][j], sums[i][j]);
-    }
-    send_slopes<kExact>(p, image, stride_k, at, piece, bound, most, sums, code, weight, passage, gradient);
-  }
-  return loss;
-}
-
-// Counts of equal digits that follow each other.
-struct Run {
-  int digit = -1;
-  unsigned count = 0;
-
-  __device__ __forceinline__ void add(int next, unsigned long long* histogram) {
-    if (next != digit) {
-      if (digit >= 0) atomicAdd(&histogram[digit], static_cast<unsigned long long>(count));
-      digit = next;
-      count = 0;
-    }
-    ++count;
-  }
-};
-
-// The digits of the probabilities of a piece.
-template <int n, typename T>
-__device__ __forceinline__ void count_digits(const Kernel& p, const T* image, int64_t stride_k,
-                                             const Corners& at, const Piece<n>& piece,
-                                             const int (&code)[n][n], unsigned long long* histogram,
-                                             Run* run) {
-  float most[n][n], sums[n][n];
-  exact_sums(image, p.planes, stride_k, at, piece, most, sums);
-  const int leading = p.search != nullptr ? static_cast<int>(p.search->digit) : 0;
-  own_logits<true>(image, stride_k, at, piece, 0.0f, code, [&](int i, int j, float own) {
-    const unsigned bits = __float_as_uint(probability(own, most[i][j], sums[i][j])) & 0x7fffffffu;
-    if (p.search == nullptr) {
-      run->add(static_cast<int>(bits >> 16), histogram);
-    } else if (static_cast<int>(bits >> 16) == leading) {
-      run->add(static_cast<int>(bits & 0xffffu), histogram);
-    }
-  });
-}
-
-// What a pixel's loss is multiplied by.
-template <int n>
-__device__ __forceinline__ void weigh_pixels(const Kernel& p, int64_t image, const Piece<n>& piece,
-                                             const int (&code)[n][n],
-                                             // outputs
-                                             float (&weight)[n][n]) {
-  weigh(p, image, piece, code, weight);
-  if (p.given == nullptr) return;
-  const float* from = p.given + image * p.given_b + piece.y * p.given_y + piece.x * p.given_x;
-#pragma unroll
-  for (int i = 0; i < n; ++i) {
-#pragma unroll
-    for (int j = 0; j < n; ++j) {
-      if (code[i][j] >= 0) weight[i][j] *= from[i * p.given_y + j * p.given_x];
-    }
-  }
-}
-
-// A piece in full. Without kGeneral, *fine becomes false where that would be needed.
-template <Mode kMode, bool kGeneral, int n, typename T>
-__device__ __forceinline__ float piece_loss(const Kernel& p, int64_t image_number, const T* image,
-                                            int64_t stride_k, const Corners& at, const Piece<n>& piece,
-                                            const int (&code)[n][n], const Passage& passage, float* gradient,
-                                            bool* fine) {
-  const float bound = largest_corner(image, p.planes, stride_k, at);
-  float sums[n][n], weight[n][n];
-  bounded_sums(image, p.planes, stride_k, at, piece, bound, sums);
-  bool here = p.planes > 1;  // with one class the loss is exactly 0
-#pragma unroll
-  for (int i = 0; i < n; ++i) {
-#pragma unroll
-    for (int j = 0; j < n; ++j) {
-      here = here && sums[i][j] < kLargest && (code[i][j] < 0 || sums[i][j] > kLeast);
-    }
-  }
-  *fine = *fine && here;
-  weigh_pixels(p, image_number, piece, code, weight);
-  if (kGeneral && !__all_sync(kAll, here)) {
-    float most[n][n];
-    exact_sums(image, p.planes, stride_k, at, piece, most, sums);
-    return finish_piece<kMode, true>(p, image_number, image, stride_k, at, piece, bound, most, sums, code,
-                                     weight, passage, gradient);
-  }
-  return finish_piece<kMode, false>(p, image_number, image, stride_k, at, piece, bound, sums, sums, code,
-                                    weight, passage, gradient);
-}
 
 // kGeneral: with OHEM, with the maximum of a pixel where it is needed, and of tasks that another launch left
 // at that. The kernel without needs fewer registers and leaves such tasks.
@@ -516,7 +64,7 @@ __global__ void __launch_bounds__(kLanes, kWarps) cross_entropy_kernel(Maps<T> l
       const bool counts = column.counts && at >= task.begin;
       Passage passage = Passage::of(walk, carry, column, at, at >= task.begin, factor);
       float* const gradient =
-          p.grad + ((task.image * p.planes * walk.rows.n + at) * walk.columns.n + column.cell);
+          held(p.grad + ((task.image * p.planes * walk.rows.n + at) * walk.columns.n + column.cell));
       for (int piece_y = 0; piece_y < pieces_y; ++piece_y) {
         for (int piece_x = 0; piece_x < pieces_x; ++piece_x) {
           const Piece<n> piece =
@@ -640,6 +188,8 @@ class Solver {
     const int64_t height = labels.size(1), width = labels.size(2);
     rows_ = Axis::of(logits.size(2), height, true);
     columns_ = Axis::of(logits.size(3), width, true);
+    if (columns_.n > 1) kernel.step = static_cast<float>(columns_.step) / static_cast<float>(columns_.whole);
+    kernel.widest = kernel.step > 0.5f ? kWidest / 2.0f : kWidest;
     kernel.planes = logits.size(1);
     kernel.labels = read_labels(labels);
     kernel.ignore_index = ignore_index;
@@ -697,7 +247,9 @@ class Solver {
     kernel.carry = plan.workspace > 0 ? data_of<float>(carry) : nullptr;
     kernel.partial = data_of<double>(partial);
     // Of what the general kernel is for, there is mostly nothing.
-    const bool general = kernel.limit != nullptr || kernel.planes == 1 || kMode == Mode::histogram;
+    const int64_t farthest = kernel.planes * std::max(logits_.stride(1), logits_.size(2) * logits_.size(3));
+    const bool general =
+        kernel.limit != nullptr || kernel.planes == 1 || kMode == Mode::histogram || farthest > INT32_MAX;
     Tensor left = device_empty(logits_, {general ? 0 : kernel.walk.tasks()}, ScalarType::Byte);
     kernel.left = general ? nullptr : data_of<uint8_t>(left);
     const int64_t blocks = general ? plan.blocks : std::min(plan.blocks, gpu_.multiprocessors() * kWarps);

@@ -120,3 +120,19 @@ def test_wrong_values_give_nan(monkeypatch: pytest.MonkeyPatch, wrong: str, redu
         assert len(results) == 4
     for value in results:
         assert bool(value.isnan().all())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("scale", [8.0, 20.0, 60.0])
+@pytest.mark.parametrize(
+    "size",
+    [(1, 3, 3, 9, 23, 40), (1, 3, 5, 9, 40, 15), (1, 3, 4, 6, 29, 41)],
+    ids=["pieces", "steps", "whole"],
+)
+def test_corners_far_apart(size: tuple[int, ...], scale: float, device: str) -> None:
+    """Exponentials of a row follow from the first one and a ratio: up to where those are no numbers."""
+    inputs = _inputs("rectified_cross_entropy", size, device)
+    inputs["logits"] *= scale
+    operator = OPERATORS["rectified_cross_entropy"]
+    skip_unless_able(operator, next(one for one in operator.implementations if one.name == "cpp"), inputs)
+    assert_meets_rule(operator, "cpp", inputs)
