@@ -68,6 +68,7 @@ __global__ void __launch_bounds__(kThreads) count_members_kernel(Means p) {
     return;
   }
   int32_t count = 0;
+#pragma unroll 1
   for (int64_t at = those.begin + threadIdx.x; at < those.end; at += kThreads) {
     count += those.has(p.guide, b, p.guide.pixel_at(b, at)) ? 1 : 0;
   }
