@@ -1,6 +1,7 @@
 // Backward of cross_similarity on a GPU. "max" and "topk": a query pixel gathers its winners; for the guide,
-// the winners are sorted by ranges of guide pixels, and a block adds up those of a few. "softmax" and "mean":
-// the tiles of cosines once more, as factors of the other side's unit vectors.
+// the winners are sorted by ranges of guide pixels, and a block adds up those of a few. "softmax", and
+// "mean" of wide labels: the tiles of cosines once more, as factors of the other side's unit vectors. "mean"
+// else: means of unit vectors (cross_similarity_means.cuh).
 //
 // The pairs' gradients take C multiply-adds for a pair's cosine, made anew for each 64 channels of the
 // result, and C for the result: 5 times as many as forward for 256 channels, for each side. Winners'
@@ -9,29 +10,20 @@
 #include <algorithm>
 #include <tuple>
 
-#include "cross_similarity_device.cuh"
+#include "cross_similarity_means.cuh"
 
 namespace cisc::cross_similarity {
 namespace {
 
 constexpr int kGathered = 16;              // channels that a thread sums
+constexpr int kMeanChannels = 8;           // the same, of "mean"
 constexpr int64_t kEntries = 4 << 20;      // winners that are sorted together
 constexpr int64_t kGroupBytes = 32 << 10;  // sums of a group of guide pixels
 constexpr int64_t kTotalBytes = 8 << 20;   // the same, kept while more winners are sorted
 
-// A sum of many terms.
-struct Sum {
-  float value = 0.0f, lost = 0.0f;
-
-  __device__ __forceinline__ void add(float term) {
-    const float rest = term - lost, sum = value + rest;
-    lost = (sum - value) - rest;
-    value = sum;
-  }
-};
-
 // grad: [B,S,h,w] float32, any strides
 struct Gradient {
+  static constexpr bool of_query = true;
   const float* data;
   int64_t stride_b, stride_s, stride_y, stride_x, width;
 
@@ -286,18 +278,18 @@ __global__ void __launch_bounds__(kThreads, 2) add_winners_kernel(
   }
 }
 
-// A tile, and what the streamed pixels' columns know.
+// A tile, and what is known of its pixels.
 struct PairTile {
   Tile tile;
-  float grad[kTile], value[kTile], log_total[kTile];  // of the streamed pixels, where they are the query's
+  float grad[kTile], value[kTile], log_total[kTile];  // of the query's pixels, held or streamed
   int counts[kThreads];
+  float members[kTile];  // of the guide, that a held pixel's class has
   double along[kThreads];
   int any;
 };
 
-// Guide pixels of each held pixel's label, of the list in the tile; to each thread that of its pixel. With
-// barriers.
-__device__ int count_members(const Side& guide, int64_t b, PairTile& shared) {
+// Guide pixels of each held pixel's label, of the list in the tile, to shared.members. With barriers.
+__device__ void count_members(const Side& guide, int64_t b, PairTile& shared) {
   Tile& tile = shared.tile;
   const int row = static_cast<int>(threadIdx.x) % kTile, part = static_cast<int>(threadIdx.x) / kTile;
   int count = 0;
@@ -310,18 +302,48 @@ __device__ int count_members(const Side& guide, int64_t b, PairTile& shared) {
   }
   shared.counts[threadIdx.x] = count;
   __syncthreads();
-  count = 0;
-  for (int i = 0; i < kParts; ++i) count += shared.counts[i * kTile + row];
+  if (part == 0) {
+    for (int i = 1; i < kParts; ++i) count += shared.counts[i * kTile + row];
+    shared.members[row] = static_cast<float>(count);
+  }
   __syncthreads();
-  return count;
 }
+
+// A thread's 4 x 4 sums of many terms. What they have lost is known to 8 bits, as registers are short.
+struct MicroSums {
+  static constexpr uint32_t kHigh = 0xffff0000u;
+  float value[kMicro][kMicro] = {};
+  uint32_t lost[kMicro][kMicro / 2] = {};  // upper halves of two float32
+
+  __device__ __forceinline__ static float add(float term, float lost,
+                                              // outputs
+                                              float& value) {
+    const float rest = term - lost, sum = value + rest, now = (sum - value) - rest;
+    value = sum;
+    return now;
+  }
+
+  __device__ __forceinline__ void add(const float (&terms)[kMicro][kMicro]) {
+#pragma unroll
+    for (int i = 0; i < kMicro; ++i) {
+#pragma unroll
+      for (int j = 0; j < kMicro; j += 2) {
+        uint32_t& both = lost[i][j / 2];
+        const float low = add(terms[i][j], __uint_as_float(both << 16), value[i][j]);
+        const float high = add(terms[i][j + 1], __uint_as_float(both & kHigh), value[i][j + 1]);
+        both = (__float_as_uint(high) & kHigh) | __float_as_uint(low) >> 16;
+      }
+    }
+  }
+};
 
 // sums += the tile's factors times 64 channels of the streamed pixels' unit vectors. With barriers.
 __device__ __forceinline__ void add_vectors(const Side& streamed, int64_t first_channel, Tile& tile,
                                             // outputs
-                                            Sum (&sums)[kMicro][kMicro]) {
+                                            MicroSums& sums) {
   float piece[kMicro][kMicro] = {};
   const int at = static_cast<int>(threadIdx.x) % kDepth, channel = static_cast<int>(threadIdx.x) / kDepth;
+#pragma unroll 1
   for (int first = 0; first < kTile; first += kDepth) {
     for (int i = 0; i < kMicro; ++i) {
       const int c = channel + i * (kThreads / kDepth);
@@ -333,40 +355,35 @@ __device__ __forceinline__ void add_vectors(const Side& streamed, int64_t first_
     add_products(tile.cosines + first * kPitch, tile.streamed_units, piece);
     __syncthreads();
   }
-#pragma unroll
-  for (int i = 0; i < kMicro; ++i) {
-#pragma unroll
-    for (int j = 0; j < kMicro; ++j) sums[i][j].add(piece[i][j]);
-  }
+  sums.add(piece);
 }
 
 // A block has 64 pixels of the side that the gradient goes to, and 64 of their channels.
-template <bool softmax>
-__global__ void __launch_bounds__(kThreads, 2) pair_gradient_kernel(Kernel p, bool to_query) {
+template <bool softmax, bool to_query>
+__global__ void __launch_bounds__(kThreads, 2) pair_gradient_kernel(Kernel p) {
   CISC_SHARED(shared, PairTile);
   Tile& tile = shared.tile;
   const int64_t slices = ceil_div(p.held.channels, kTile), tiles = ceil_div(p.held.pixels, kTile);
   const int64_t first_channel = blockIdx.x % slices * kTile, number = blockIdx.x / slices;
   const int64_t b = p.held.first + number / tiles;
   const int row = static_cast<int>(threadIdx.x) % kTile, part = static_cast<int>(threadIdx.x) / kTile;
-  const bool own = p.classes.own;
+  const bool own = !softmax || p.classes.own;  // "mean" of classes has its own kernels
   if (part == 0) {
     const int64_t position = number % tiles * kTile + row;
     const bool inside = position < p.held.count(b);
     tile.held.set(p.held, b, row, inside ? position : -1, to_query && !own, 0);
   }
-  Sum sums[kMicro][kMicro];
-  double along = 0.0;
-  for (int64_t slot = 0; slot < p.slots; ++slot) {
+  MicroSums sums;
+  shared.along[threadIdx.x] = 0.0;
+  for (int64_t slot = 0; slot < (softmax ? p.slots : 1); ++slot) {
     const int64_t wanted = own ? 0 : p.classes.at(b, slot);
     if (!own && wanted < 0) continue;
     __syncthreads();
     if (!own && to_query && part == 0) tile.held.label[row] = wanted;
     // The pixels of the other side; those of the guide first, to be counted.
-    int count = 1;
     if (!softmax && !to_query) {
       list_bins_of_held(p.held, b, tile);
-      count = count_members(p.held, b, shared);
+      count_members(p.held, b, shared);
     }
     if (own) {
       list_bins_of_held(p.streamed, b, tile);
@@ -381,68 +398,61 @@ __global__ void __launch_bounds__(kThreads, 2) pair_gradient_kernel(Kernel p, bo
       __syncthreads();
       list_range(0, shared.any != 0 ? p.streamed.pixels : 0, tile);
     }
-    if (!softmax && to_query) count = count_members(p.streamed, b, shared);
-    const auto parameters = [&](int64_t pixel, float* grad, float* value, float* log_total) {
-      if (pixel < 0) {
-        *grad = *value = *log_total = 0.0f;
-        return;
-      }
-      *grad = p.grad.at(b, slot, pixel);
-      *value = softmax ? p.similarity[p.place(b, slot, pixel)] : 0.0f;
-      *log_total = softmax ? p.log_totals[p.place(b, slot, pixel)] : 0.0f;
+    if (!softmax && to_query) count_members(p.streamed, b, shared);
+    const auto set_parameters = [&](int64_t pixel) {
+      const bool none = pixel < 0;
+      shared.grad[row] = none ? 0.0f : p.grad.at(b, slot, pixel);
+      if (!softmax) return;
+      shared.value[row] = none ? 0.0f : p.similarity[p.place(b, slot, pixel)];
+      shared.log_total[row] = none ? 0.0f : p.log_totals[p.place(b, slot, pixel)];
     };
-    float grad = 0.0f, value = 0.0f, log_total = 0.0f;
-    if (to_query) parameters(tile.held.pixel[row], &grad, &value, &log_total);
-    const int64_t end = ceil_div(tile.list.length(), kTile);
-    for (int64_t at = 0; at < end; ++at) {
+    if (to_query && part == 0) set_parameters(tile.held.pixel[row]);
+    const auto end = static_cast<int32_t>(ceil_div(tile.list.length(), kTile));
+    for (int32_t at = 0; at < end; ++at) {
       set_streamed(p.streamed, b, at, !own && !to_query, wanted, tile);
-      if (!to_query && part == 0) {  // the same threads have set these pixels
-        parameters(tile.streamed.pixel[row], &shared.grad[row], &shared.value[row], &shared.log_total[row]);
-      }
+      // The same threads have set these pixels.
+      if (!to_query && part == 0) set_parameters(tile.streamed.pixel[row]);
       __syncthreads();
-      compute_cosines(p.held, p.streamed, tile);
+      compute_cosines<false>(p.held, p.streamed, tile);
       float product = 0.0f;
-#pragma unroll
+#pragma unroll 4
       for (int i = 0; i < kColumns; ++i) {
         const int column = part * kColumns + i;
         float* factor = tile.cosines + column * kPitch + row;
         const float cosine = *factor;
-        if (!to_query) {
-          grad = shared.grad[column];
-          value = shared.value[column];
-          log_total = shared.log_total[column];
-        }
+        const int of_query = to_query ? row : column;
+        const float grad = shared.grad[of_query];
         float slope;
         if (softmax) {
           // d value / d cosine = p (1 + (cosine - value) / temperature)
-          const float above = cosine - value;
-          const float probability = fast_exp2(min(0.0f, fmaf(above, p.steepness, -log_total)));
+          const float above = cosine - shared.value[of_query];
+          const float probability =
+              fast_exp2(min(0.0f, fmaf(above, p.steepness, -shared.log_total[of_query])));
           slope = grad * probability * fmaf(above, p.inverse_temperature, 1.0f);
         } else {
-          slope = isnan(cosine) ? cosine : grad / static_cast<float>(count);
+          slope = isnan(cosine) ? cosine : grad / shared.members[row];
         }
         const bool counts = cosine != -kInfinity;
         slope = counts ? slope : 0.0f;
         product += counts ? slope * cosine : 0.0f;
         *factor = slope;
       }
-      along += static_cast<double>(product);
+      shared.along[threadIdx.x] += static_cast<double>(product);
       __syncthreads();
       add_vectors(p.streamed, first_channel, tile, sums);
     }
   }
-  shared.along[threadIdx.x] = along;
   const int first_row = static_cast<int>(threadIdx.x) / kMicros * kMicro;
   const int column = static_cast<int>(threadIdx.x) % kMicros * kMicro;
 #pragma unroll
   for (int i = 0; i < kMicro; ++i) {
 #pragma unroll
-    for (int j = 0; j < kMicro; ++j) tile.cosines[(column + j) * kPitch + first_row + i] = sums[i][j].value;
+    for (int j = 0; j < kMicro; ++j) tile.cosines[(column + j) * kPitch + first_row + i] = sums.value[i][j];
   }
   __syncthreads();
   const int64_t pixel = tile.held.pixel[row];
   if (pixel < 0) return;
-  along = 0.0;
+  double along = 0.0;
   for (int i = 0; i < kParts; ++i) along += shared.along[i * kTile + row];
   const int64_t to = p.target.offset(b, pixel);
   for (int c = part; c < kTile && first_channel + c < p.held.channels; c += kParts) {
@@ -451,6 +461,68 @@ __global__ void __launch_bounds__(kThreads, 2) pair_gradient_kernel(Kernel p, bo
         to, first_channel + c,
         through_norm(tile.cosines[c * kPitch + row], unit, along, tile.held.scale[row], tile.held.rest[row]));
   }
+}
+
+// A block has 64 pixels of the side that the gradient of "mean" goes to. It makes the sums of the table's
+// rows twice, as they are not kept; where channels come in parts, in one launch for what lies along the
+// vectors, and in another one.
+__global__ void __launch_bounds__(kThreads)
+    mean_gradient_kernel(Means p, Side side, Gradient grad, Target target, bool to_query, bool begins,
+                         bool writes,
+                         // outputs
+                         double* alongs /* [images,pixels], or null: all in one launch */) {
+  CISC_SHARED(held, Pixels);
+  CISC_SHARED(parts, double[kThreads]);
+  const int64_t tiles = ceil_div(side.pixels, kTile), image = blockIdx.x / tiles, b = p.image + image;
+  const int row = static_cast<int>(threadIdx.x) % kTile, part = static_cast<int>(threadIdx.x) / kTile;
+  const bool own = p.classes.own;
+  if (part == 0) {
+    const int64_t pixel = blockIdx.x % tiles * kTile + row;
+    held.set(side, b, row, pixel < side.pixels ? pixel : -1, to_query && !own, 0);
+  }
+  __syncthreads();
+  const int64_t pixel = held.pixel[row], label = held.label[row];
+  const int64_t own_row = own ? p.row_of(label, to_query) : 0;
+  const int64_t begin = own_row < 0 ? 0 : own_row, end = own ? own_row + 1 : p.rows;
+  const bool kept = alongs != nullptr;
+  double along = 0.0;
+  if (kept && writes && pixel >= 0) along = alongs[image * side.pixels + pixel];
+  for (int pass = kept && writes ? 1 : 0; pass < (writes ? 2 : 1); ++pass) {
+    for (int64_t first = part * kMeanChannels; pixel >= 0 && first < p.channels;
+         first += kParts * kMeanChannels) {
+      float sums[kMeanChannels] = {};
+      for (int64_t r = begin; r < end; ++r) {
+        if (p.counts[image * p.rows + r] == 0) continue;
+        if (!to_query && !own && p.classes.at(b, r) != label) continue;
+        const float weight = to_query ? grad.at(b, own ? 0 : r, pixel) : 1.0f;
+        const float* from = p.table + (image * p.rows + r) * p.channels + first;
+#pragma unroll
+        for (int c = 0; c < kMeanChannels; ++c) {
+          if (first + c < p.channels) sums[c] = fmaf(weight, from[c], sums[c]);
+        }
+      }
+#pragma unroll
+      for (int c = 0; c < kMeanChannels; ++c) {
+        if (first + c >= p.channels) continue;
+        const int64_t channel = p.first_channel + first + c;
+        const float unit = held.unit(side, row, channel);
+        if (pass == 0) {
+          along += static_cast<double>(sums[c]) * static_cast<double>(unit);
+        } else {
+          target.write(target.offset(b, pixel), channel,
+                       through_norm(sums[c], unit, along, held.scale[row], held.rest[row]));
+        }
+      }
+    }
+    if (pass == 1) break;
+    parts[threadIdx.x] = along;
+    __syncthreads();
+    along = 0.0;
+    for (int i = 0; i < kParts; ++i) along += parts[i * kTile + row];
+  }
+  if (!kept || writes || part != 0 || pixel < 0) return;
+  double& to = alongs[image * side.pixels + pixel];
+  to = begins ? along : to + along;
 }
 
 // A thread has a pixel: 0, or NaN for what is not finite; NaN for all where a class is below -1.
@@ -533,6 +605,35 @@ class ToGuide {
   Tensor order_, shares_, counts_, starts_, totals_;
 };
 
+// Gradient of "mean", of the images whose sides are ready.
+class ToMeans {
+ public:
+  ToMeans(const Gpu& gpu, const Inputs& in) : gpu_(gpu), tables_(gpu, in) {
+    if (!tables_.in_parts()) return;
+    alongs_ = device_empty(in.query, {std::max(in.query_pixels(), in.guide_pixels())}, ScalarType::Double);
+  }
+
+  void run(const Kernel& p, bool to_query) {
+    const auto finish = [&](const Means& means, bool begins, bool writes) {
+      Side side = p.held;
+      side.order = nullptr;  // ignored pixels too
+      double* alongs = tables_.in_parts() ? data_of<double>(*alongs_) : nullptr;
+      gpu_.launch(mean_gradient_kernel, means.images * ceil_div(side.pixels, kTile), kThreads, 0, means, side,
+                  p.grad, p.target, to_query, begins, writes, alongs);
+    };
+    if (to_query) {
+      tables_.each(p.held, p.streamed, p.classes, p.images, 2, Alike{}, finish);
+    } else {
+      tables_.each(p.streamed, p.held, p.classes, p.images, 2, p.grad, finish);
+    }
+  }
+
+ private:
+  const Gpu& gpu_;
+  MeanTables tables_;
+  std::optional<Tensor> alongs_;
+};
+
 // Where values are looked at, on the GPU too.
 void check_winner_values(const Inputs& in, const Tensor& winners) {
   if (!Gpu::checks_values()) return;
@@ -597,13 +698,16 @@ std::tuple<Tensor, Tensor> cuda_backward(const Tensor& grad, const Tensor& simil
   const bool listed = (max || topk) && grad.numel() > 0;
   std::optional<ToGuide> to_guide;
   if (listed && need_guide) to_guide.emplace(in, gpu, p.winners, p.k);
+  std::optional<ToMeans> to_means;
+  if (settings.reduction == Reduction::mean && MeanTables::serve(in)) to_means.emplace(gpu, in);
   const auto pair_gradient = [&](bool to_query) {
+    if (to_means) return to_means->run(p, to_query);
     const int64_t blocks = p.images * ceil_div(p.held.pixels, kTile) * ceil_div(p.held.channels, kTile);
-    if (softmax) {
-      gpu.launch(pair_gradient_kernel<true>, blocks, kThreads, 0, p, to_query);
-    } else {
-      gpu.launch(pair_gradient_kernel<false>, blocks, kThreads, 0, p, to_query);
-    }
+    const auto kernel = softmax
+                            ? to_query ? pair_gradient_kernel<true, true> : pair_gradient_kernel<true, false>
+                        : to_query ? pair_gradient_kernel<false, true>
+                                   : pair_gradient_kernel<false, false>;
+    gpu.launch(kernel, blocks, kThreads, 0, p);
   };
   pairs.each([&](int64_t, int64_t images) {
     p.images = images;

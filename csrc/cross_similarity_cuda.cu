@@ -2,18 +2,22 @@
 //
 // Work: C fused multiply-adds for each pair of pixels that is compared; for 16384 pixels against as many with
 // 256 channels 69 G of them, on 132 x 128 lanes at 1.75 GHz 2.3 ms at best. Reading a tile's operands from
-// shared memory, 32 bytes for 16 of them, keeps that busy for three quarters of this time beside it.
+// shared memory, 32 bytes for 16 of them, keeps that busy for three quarters of this time beside it. "mean"
+// takes no pairs but for its index: see cross_similarity_means.cuh.
 
 #include <algorithm>
 #include <tuple>
 
-#include "cross_similarity_device.cuh"
+#include "cross_similarity_means.cuh"
 
 namespace cisc::cross_similarity {
 namespace {
 
 constexpr int64_t kSharedWinners = 32;  // of a pixel, that are kept in shared memory
 constexpr int kCombineThreads = 128;
+constexpr int kRows = 8, kRowsDepth = 16, kRowsThreads = 128;  // of a block that meets means
+
+static_assert(kRows * kRowsDepth == kRowsThreads, "a thread brings one number");
 
 // What a pixel's cosines have come to so far.
 struct State {
@@ -326,6 +330,91 @@ __global__ void __launch_bounds__(kCombineThreads) combine_kernel(Kernel p) {
   if (p.indexed) p.index[place] = state.index;
 }
 
+// Some channels of the means that a block meets.
+struct Rows {
+  alignas(16) float at[kRowsDepth * kRows];
+};
+
+// A block has 128 query pixels and up to 8 classes of "mean".
+__global__ void __launch_bounds__(kRowsThreads) meet_means_kernel(Means p, bool begins,
+                                                                  // outputs
+                                                                  float* similarity /* [B,S,h,w] */) {
+  CISC_SHARED(means, Rows);  // [channel,row]
+  const Side& query = p.query;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int64_t groups = ceil_div(p.rows, kRows), tiles = ceil_div(query.pixels, kRowsThreads);
+  const int64_t first_row = blockIdx.x % groups * kRows, number = blockIdx.x / groups;
+  const int64_t image = number / tiles, b = p.image + image;
+  const int64_t pixel = number % tiles * kRowsThreads + thread;
+  const bool inside = pixel < query.pixels;
+  const int64_t of = inside ? (b - query.first) * query.pixels + pixel : 0;
+  const int64_t offset = inside ? query.offset(b, pixel) : 0;
+  const float scale = query.scale[of], rest = query.rest[of], low = query.low[of];
+  const int64_t brought = first_row + thread / kRowsDepth, channel = thread % kRowsDepth;
+  const bool brings = brought < p.rows && p.counts[image * p.rows + brought] > 0;
+  const float* from = p.table + (image * p.rows + brought) * p.channels + channel;
+  float sums[kRows] = {};
+  for (int64_t first = 0; first < p.channels; first += kRowsDepth) {
+    means.at[channel * kRows + thread / kRowsDepth] =
+        brings && first + channel < p.channels ? from[first] : 0.0f;
+    float values[kRowsDepth];
+    read_neighbours(query.image, offset + (p.first_channel + first) * query.image.stride_c,
+                    inside ? p.channels - first : 0, values);
+    __syncthreads();
+    float piece[kRows] = {};
+#pragma unroll
+    for (int i = 0; i < kRowsDepth; ++i) {
+      const float unit = unit_of(values[i], scale, rest, low);
+      const auto left = read_pack<4>(means.at + i * kRows), right = read_pack<4>(means.at + i * kRows + 4);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        piece[j] = fmaf(unit, left.at[j], piece[j]);
+        piece[4 + j] = fmaf(unit, right.at[j], piece[4 + j]);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kRows; ++j) sums[j] += piece[j];
+    __syncthreads();
+  }
+  if (!inside) return;
+#pragma unroll
+  for (int j = 0; j < kRows; ++j) {
+    const int64_t row = first_row + j;
+    if (row >= p.rows || p.counts[image * p.rows + row] == 0) continue;
+    float& to = similarity[(b * p.rows + row) * query.pixels + pixel];
+    to = begins ? sums[j] : to + sums[j];
+  }
+}
+
+// A thread has a query pixel, and the mean of its own label.
+__global__ void __launch_bounds__(kRowsThreads) meet_own_mean_kernel(Means p, bool begins,
+                                                                     // outputs
+                                                                     float* similarity /* [B,1,h,w] */) {
+  const Side& query = p.query;
+  const int64_t number = static_cast<int64_t>(blockIdx.x) * kRowsThreads + threadIdx.x;
+  if (number >= p.images * query.pixels) return;
+  const int64_t image = number / query.pixels, pixel = number % query.pixels, b = p.image + image;
+  const int64_t row = p.row_of(query.label(b, pixel), true), of = (b - query.first) * query.pixels + pixel;
+  if (row < 0 || p.counts[image * p.rows + row] == 0) return;
+  const float scale = query.scale[of], rest = query.rest[of], low = query.low[of];
+  const int64_t offset = query.offset(b, pixel) + p.first_channel * query.image.stride_c;
+  const float* mean = p.table + (image * p.rows + row) * p.channels;
+  float sum = 0.0f;
+  for (int64_t first = 0; first < p.channels; first += kRowsDepth) {
+    float values[kRowsDepth], piece = 0.0f;
+    read_neighbours(query.image, offset + first * query.image.stride_c, p.channels - first, values);
+#pragma unroll
+    for (int i = 0; i < kRowsDepth; ++i) {
+      if (first + i < p.channels) {
+        piece = fmaf(unit_of(values[i], scale, rest, low), mean[first + i], piece);
+      }
+    }
+    sum += piece;
+  }
+  float& to = similarity[b * query.pixels + pixel];
+  to = begins ? sum : to + sum;
+}
+
 // A class below -1 makes all NaN.
 __global__ void __launch_bounds__(kThreads) spoil_kernel(Classes classes, int64_t count,
                                                          // outputs
@@ -357,6 +446,23 @@ void run_compare(const Gpu& gpu, Pairs& pairs, const Inputs& in, Kernel p) {
       gpu.launch(combine_kernel<reduction>, ceil_div(p.units * kTile, kCombineThreads), kCombineThreads, 0,
                  p);
     }
+  });
+}
+
+void run_means(const Gpu& gpu, Pairs& pairs, const Inputs& in, float* similarity) {
+  MeanTables tables(gpu, in);
+  pairs.each([&](int64_t, int64_t images) {
+    const Side& query = pairs.query();
+    tables.each(
+        query, pairs.guide(), pairs.classes(), images, 1, Alike{}, [&](const Means& p, bool begins, bool) {
+          if (p.classes.own) {
+            const int64_t blocks = ceil_div(p.images * query.pixels, kRowsThreads);
+            gpu.launch(meet_own_mean_kernel, blocks, kRowsThreads, 0, p, begins, similarity);
+          } else {
+            const int64_t blocks = p.images * ceil_div(query.pixels, kRowsThreads) * ceil_div(p.rows, kRows);
+            gpu.launch(meet_means_kernel, blocks, kRowsThreads, 0, p, begins, similarity);
+          }
+        });
   });
 }
 
@@ -420,7 +526,13 @@ std::tuple<Tensor, Tensor, Tensor> cuda_forward(const Tensor& query, const Tenso
       run_compare<Reduction::softmax>(gpu, pairs, in, p);
       break;
     case Reduction::mean:
-      run_compare<Reduction::mean>(gpu, pairs, in, p);
+      if (!MeanTables::serve(in)) {
+        run_compare<Reduction::mean>(gpu, pairs, in, p);
+        break;
+      }
+      // All pairs are met for the index alone; the mean then replaces the best cosine.
+      if (indexed) run_compare<Reduction::max>(gpu, pairs, in, p);
+      run_means(gpu, pairs, in, p.similarity);
       break;
   }
   if (classes) {

@@ -323,19 +323,22 @@ __device__ __forceinline__ void add_products(const float* a, const float* b,
 }
 
 // Cosines of the held pixels with the streamed ones, to tile.cosines; -inf for those that are not compared.
-// The pixels are in place before, with a barrier behind; afterwards there has been one.
+// The pixels are in place before, with a barrier behind; afterwards there has been one. ahead: read channels
+// while those before are multiplied, which takes 8 registers.
+template <bool ahead = true>
 __device__ __forceinline__ void compute_cosines(const Side& held, const Side& streamed, Tile& tile) {
   float sums[kMicro][kMicro] = {};
   float held_values[kMicro], streamed_values[kMicro];
-  fetch(held, tile.held, 0, held_values);
-  fetch(streamed, tile.streamed, 0, streamed_values);
+  if (ahead) fetch(held, tile.held, 0, held_values);
+  if (ahead) fetch(streamed, tile.streamed, 0, streamed_values);
   for (int64_t c = 0; c < held.channels; c += kDepth) {
+    if (!ahead) fetch(held, tile.held, c, held_values);
+    if (!ahead) fetch(streamed, tile.streamed, c, streamed_values);
     put_units(tile.held, held_values, tile.held_units);
     put_units(tile.streamed, streamed_values, tile.streamed_units);
     __syncthreads();
-    // The next channels come while these are multiplied.
-    fetch(held, tile.held, c + kDepth, held_values);
-    fetch(streamed, tile.streamed, c + kDepth, streamed_values);
+    if (ahead) fetch(held, tile.held, c + kDepth, held_values);
+    if (ahead) fetch(streamed, tile.streamed, c + kDepth, streamed_values);
     // In pieces of a few channels: a sum of many terms of one sign would lose a rounding to each.
     float piece[kMicro][kMicro] = {};
     add_products(tile.streamed_units, tile.held_units, piece);
