@@ -135,10 +135,10 @@ __device__ __forceinline__ float min(float a, float b) { return a < b ? a : b; }
 __device__ __forceinline__ float max(float a, float b) { return a > b ? a : b; }
 #endif
 
-// 2^a and log2(a), to 2 units in the last place or so; what lies below the normal range is 0 to both.
+// 2^a to 2^-22 of it; what lies below the normal range is 0.
 __device__ __forceinline__ float fast_exp2(float a) {
 #ifdef CISC_SIMT
-  return std::exp2(a);
+  return simt::rough(std::exp2(a));
 #else
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(a));
@@ -149,7 +149,7 @@ __device__ __forceinline__ float fast_exp2(float a) {
 // a / b to 2 units in the last place, for b up to 2^126.
 __device__ __forceinline__ float fast_quotient(float a, float b) {
 #ifdef CISC_SIMT
-  return a / b;
+  return simt::rough(a / b);
 #else
   return __fdividef(a, b);
 #endif
