@@ -2,8 +2,6 @@
 // upsampling.
 #pragma once
 
-#include <type_traits>
-
 #include "cells.cuh"
 #include "walk.h"
 
@@ -67,101 +65,12 @@ struct Column {
   }
 };
 
-// Pixels of a piece, and where they lie in their cell; 0 for those that are not of the cell.
+// Pixels from (y, x) on of a thread's cell in a row of cells.
 template <int kPixels>
-struct Piece {
-  int y, x, rows, columns;  // first pixel; how many are of the cell, 0 or less for none
-  float fy[kPixels], fx[kPixels];
-
-  __device__ __forceinline__ static Piece of(const Walk& walk, const Column& column, int64_t row, int y,
-                                             int bottom, int x) {
-    Piece p{y, x, bottom - y, column.last - x, {}, {}};
-    fractions(walk.rows, y, static_cast<int>(row), p.rows, p.fy);
-    fractions(walk.columns, x, column.cell, p.columns, p.fx);
-    return p;
-  }
-
-  // Of `count` pixels of a cell as of Axis::fraction, which is 1 in cell -1, and 0 behind them.
-  __device__ __forceinline__ static void fractions(const Axis& axis, int first, int cell, int count,
-                                                   // outputs
-                                                   float (&to)[kPixels]) {
-    // Where pixels lie in their cell is below 2^31, whatever the positions that it is the difference of.
-    const auto low = [](int64_t value) { return static_cast<uint32_t>(value); };
-    const uint32_t step = low(axis.step);
-    uint32_t at = low(first) * step + low(axis.shift) - low(cell) * low(axis.whole);
-    const float whole = static_cast<float>(low(axis.whole)), by = 1.0f / whole;
-    const bool last = cell >= axis.n - 1;
-#pragma unroll
-    for (int i = 0; i < kPixels; ++i, at += step) {
-      const int from = static_cast<int>(at);
-      const float part = static_cast<float>(from > 0 ? from : 0);
-      // Rounded once more, as a division is.
-      const float quotient = part * by, fraction = fmaf(fmaf(-quotient, whole, part), by, quotient);
-      const float known = last ? 0.0f : fraction;
-      to[i] = i < count ? (cell < 0 ? 1.0f : known) : 0.0f;
-    }
-  }
-
-  __device__ __forceinline__ bool has(int i, int j) const { return i < rows && j < columns; }
-};
-
-// f(i, j, value) for the pixels of a piece between these corners.
-template <int kPixels, typename Function>
-__device__ __forceinline__ void interpolate(const Square& s, const Piece<kPixels>& piece, const Function& f) {
-#pragma unroll
-  for (int i = 0; i < kPixels; ++i) {
-    const float west = blend(s.a, s.c, piece.fy[i]), east = blend(s.b, s.d, piece.fy[i]);
-#pragma unroll
-    for (int j = 0; j < kPixels; ++j) f(i, j, blend(west, east, piece.fx[j]));
-  }
-}
-
-// The same by differences, a product and a sum less: for values of which none is infinite. What is not finite
-// gives NaN.
-template <int kPixels, typename Function>
-__device__ __forceinline__ void interpolate_finite(const Square& s, const Piece<kPixels>& piece,
-                                                   const Function& f) {
-  const float left = s.c - s.a, right = s.d - s.b;
-#pragma unroll
-  for (int i = 0; i < kPixels; ++i) {
-    const float west = fmaf(left, piece.fy[i], s.a), across = fmaf(right, piece.fy[i], s.b) - west;
-#pragma unroll
-    for (int j = 0; j < kPixels; ++j) f(i, j, fmaf(across, piece.fx[j], west));
-  }
-}
-
-template <int kPixels, typename L, typename Function>
-__device__ __forceinline__ void typed_labels(const L* row, const Labels& labels, const Piece<kPixels>& piece,
-                                             int64_t ignore_index, const Function& f) {
-  const L ignored = static_cast<L>(ignore_index);
-  const bool any = static_cast<int64_t>(ignored) == ignore_index;
-#pragma unroll
-  for (int i = 0; i < kPixels; ++i) {
-#pragma unroll
-    for (int j = 0; j < kPixels; ++j) {
-      const bool inside = piece.has(i, j);
-      const L label = inside ? row[j * labels.stride_x] : L{0};
-      // As the narrowest unsigned number, in which no negative label is small.
-      using Word = std::conditional_t<sizeof(L) == 8, uint64_t, uint32_t>;
-      f(i, j, inside && !(any && label == ignored), static_cast<Word>(label));
-    }
-    row += labels.stride_y;
-  }
-}
-
-// f(i, j, counts, label) for the pixels of a piece; one counts unless it is outside or ignored.
-template <int kPixels, typename Function>
-__device__ __forceinline__ void for_labels(const Labels& labels, int64_t image, const Piece<kPixels>& piece,
-                                           int64_t ignore_index, const Function& f) {
-  const int64_t corner = image * labels.stride_b + piece.y * labels.stride_y + piece.x * labels.stride_x;
-  switch (labels.kind) {
-    case Integer::u8:
-      return typed_labels(static_cast<const uint8_t*>(labels.data) + corner, labels, piece, ignore_index, f);
-    case Integer::i32:
-      return typed_labels(static_cast<const int32_t*>(labels.data) + corner, labels, piece, ignore_index, f);
-    default:
-      return typed_labels(static_cast<const int64_t*>(labels.data) + corner, labels, piece, ignore_index, f);
-  }
+__device__ __forceinline__ Piece<kPixels> piece_of(const Walk& walk, const Column& column, int64_t row, int y,
+                                                   int bottom, int x) {
+  return Piece<kPixels>::of(walk.rows, walk.columns, static_cast<int>(row), column.cell, y, x, bottom,
+                            column.last);
 }
 
 // One bit for each label of a warp's pixels; labels that are 32 apart share one.

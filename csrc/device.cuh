@@ -155,6 +155,12 @@ __device__ __forceinline__ float fast_quotient(float a, float b) {
 #endif
 }
 
+// a / b all but rounded to nearest: what the fast quotient has missed is added.
+__device__ __forceinline__ float close_quotient(float a, float b) {
+  const float quotient = fast_quotient(a, b);
+  return quotient + fast_quotient(fmaf(-quotient, b, a), b);
+}
+
 // The same number, of which the compiler knows nothing: so it adds a 32-bit offset to pointers where they are
 // read, in one instruction, and does not carry each of them on, in two or more.
 template <typename T>

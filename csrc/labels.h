@@ -38,35 +38,6 @@ struct Labels {
 
 constexpr int32_t kIgnored = -1, kInvalid = -2;  // codes that are no class
 
-// What a label means to a kernel: its class, kIgnored where it is ignore_index, or kInvalid.
-CISC_HD int32_t code_of(int64_t label, int64_t num_classes, int64_t ignore_index) {
-  if (label == ignore_index) return kIgnored;
-  return static_cast<uint64_t>(label) < static_cast<uint64_t>(num_classes) ? static_cast<int32_t>(label)
-                                                                           : kInvalid;
-}
-
-// Codes of the labels at (y, x), (y, x + 1), ...; the first n of kMost, and kIgnored behind them.
-template <int kMost>
-CISC_HD void read_codes(const Labels& labels, int64_t b, int64_t y, int64_t x, int64_t n, int64_t num_classes,
-                        int64_t ignore_index, int32_t (&codes)[kMost]) {
-  const int64_t from = b * labels.stride_b + y * labels.stride_y + x * labels.stride_x;
-  const auto fill = [&](const auto* row) {
-#pragma GCC unroll 8
-    for (int i = 0; i < kMost; ++i) {
-      codes[i] = i < n ? code_of(static_cast<int64_t>(row[i * labels.stride_x]), num_classes, ignore_index)
-                       : kIgnored;
-    }
-  };
-  switch (labels.kind) {
-    case Integer::u8:
-      return fill(static_cast<const uint8_t*>(labels.data) + from);
-    case Integer::i32:
-      return fill(static_cast<const int32_t*>(labels.data) + from);
-    default:
-      return fill(static_cast<const int64_t*>(labels.data) + from);
-  }
-}
-
 // Classes of one image without repetition; a slot is a position among them. Every label has the slot of its
 // class, or -1.
 struct Slots {

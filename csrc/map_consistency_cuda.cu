@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kLanes, kWarps) consistency_kernel(Maps<T> sim
       for (int piece_y = 0; piece_y < pieces_y; ++piece_y) {
         for (int piece_x = 0; piece_x < pieces_x; ++piece_x) {
           const Piece<n> piece =
-              Piece<n>::of(walk, column, at, top + piece_y * n, bottom, column.first + piece_x * n);
+              cells::piece_of<n>(walk, column, at, top + piece_y * n, bottom, column.first + piece_x * n);
           int code[n][n];
           read_codes(p, task.image, piece, code);
           int here = 0;

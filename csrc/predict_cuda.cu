@@ -17,9 +17,9 @@ namespace {
 
 using cells::Axis;
 using cells::Corners;
-using cells::Fractions;
 using cells::kMost;
 using cells::Maps;
+using cells::Piece;
 using cells::Square;
 
 constexpr const char* kName = "predict";
@@ -58,8 +58,7 @@ struct Run {
 // the first of these.
 template <bool careful, typename T>
 __device__ __forceinline__ void best_classes(const T* image, int64_t planes, int64_t stride_k,
-                                             const Corners& at, const Fractions& fy, const Fractions& fx,
-                                             bool* not_finite,
+                                             const Corners& at, const Piece<kMost>& piece, bool* not_finite,
                                              // outputs
                                              int (&found)[kMost][kMost]) {
   float best[kMost][kMost];
@@ -75,18 +74,12 @@ __device__ __forceinline__ void best_classes(const T* image, int64_t planes, int
   for (int k = 0; k < planes; ++k) {
     const Square s = Square::read(image + k * stride_k, at);
     if (!careful) touched = fmaf(0.0f, (s.a + s.b) + (s.c + s.d), touched);
-#pragma unroll
-    for (int i = 0; i < kMost; ++i) {
-      const float west = cells::blend(s.a, s.c, fy.at[i]), east = cells::blend(s.b, s.d, fy.at[i]);
-#pragma unroll
-      for (int j = 0; j < kMost; ++j) {
-        const float value = cells::blend(west, east, fx.at[j]);
-        bool better = value > best[i][j];
-        if (careful) better = better || (isnan(value) && !isnan(best[i][j]));
-        best[i][j] = better ? value : best[i][j];
-        found[i][j] = better ? k : found[i][j];
-      }
-    }
+    cells::interpolate(s, piece, [&](int i, int j, float value) {
+      bool better = value > best[i][j];
+      if (careful) better = better || (isnan(value) && !isnan(best[i][j]));
+      best[i][j] = better ? value : best[i][j];
+      found[i][j] = better ? k : found[i][j];
+    });
   }
   *not_finite = !(touched == 0.0f);
 }
@@ -114,33 +107,34 @@ __global__ void __launch_bounds__(kThreads) predict_kernel(Maps<T> logits, Kerne
     const int64_t image = cells::quotient(line, p.rows.n), row = line - image * p.rows.n;
     const T* from = logits.data + image * logits.stride_b;
     const Corners at = Corners::of(logits, p.rows, p.columns, row, column);
-    const int64_t bottom = p.rows.first(row + 1), right = p.columns.first(column + 1);
-    for (int64_t y = p.rows.first(row); y < bottom; y += kMost) {
-      const Fractions fy = Fractions::of(p.rows, y, row);
-      for (int64_t x = p.columns.first(column); x < right; x += kMost) {
-        const Fractions fx = Fractions::of(p.columns, x, column);
+    const int top = static_cast<int>(p.rows.first(row)), bottom = static_cast<int>(p.rows.first(row + 1));
+    const int left = static_cast<int>(p.columns.first(column)),
+              right = static_cast<int>(p.columns.first(column + 1));
+    for (int y = top; y < bottom; y += kMost) {
+      for (int x = left; x < right; x += kMost) {
+        const auto piece = Piece<kMost>::of(p.rows, p.columns, static_cast<int>(row),
+                                            static_cast<int>(column), y, x, bottom, right);
         int found[kMost][kMost];
         bool not_finite = false;
-        best_classes<false>(from, p.planes, logits.stride_k, at, fy, fx, &not_finite, found);
-        if (not_finite) best_classes<true>(from, p.planes, logits.stride_k, at, fy, fx, &not_finite, found);
+        best_classes<false>(from, p.planes, logits.stride_k, at, piece, &not_finite, found);
+        if (not_finite) best_classes<true>(from, p.planes, logits.stride_k, at, piece, &not_finite, found);
         uint8_t* to = p.classes + (image * p.rows.m + y) * p.columns.m + x;
 #pragma unroll
-        for (int i = 0; i < kMost; ++i) {
-          if (y + i >= bottom) break;
+        for (int i = 0; i < kMost; ++i, to += p.columns.m) {
 #pragma unroll
           for (int j = 0; j < kMost; ++j) {
-            if (x + j < right) to[j] = static_cast<uint8_t>(found[i][j]);
-          }
-          to += p.columns.m;
-          if (!p.has_labels) continue;
-          int32_t code[kMost];
-          read_codes(p.labels, image, y + i, x, right - x, p.planes, p.ignore_index, code);
-#pragma unroll
-          for (int j = 0; j < kMost; ++j) {
-            if (code[j] == kInvalid) *p.invalid = 1;  // whoever writes, the same
-            if (code[j] >= 0) run.add(code[j] * static_cast<int32_t>(p.planes) + found[i][j], flush);
+            if (piece.has(i, j)) to[j] = static_cast<uint8_t>(found[i][j]);
           }
         }
+        if (!p.has_labels) continue;
+        cells::for_labels(p.labels, image, piece, p.ignore_index, [&](int i, int j, bool counts, auto label) {
+          if (!counts) return;
+          if (label < static_cast<decltype(label)>(p.planes)) {
+            run.add(static_cast<int32_t>(label) * static_cast<int32_t>(p.planes) + found[i][j], flush);
+          } else {
+            *p.invalid = 1;  // whoever writes, the same
+          }
+        });
       }
     }
   }

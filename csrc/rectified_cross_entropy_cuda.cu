@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kLanes, kWarps) cross_entropy_kernel(Maps<T> l
       for (int piece_y = 0; piece_y < pieces_y; ++piece_y) {
         for (int piece_x = 0; piece_x < pieces_x; ++piece_x) {
           const Piece<n> piece =
-              Piece<n>::of(walk, column, at, top + piece_y * n, bottom, column.first + piece_x * n);
+              cells::piece_of<n>(walk, column, at, top + piece_y * n, bottom, column.first + piece_x * n);
           int code[n][n];
           read_codes(p, task.image, piece, &wrong, code);
           if constexpr (kMode == Mode::histogram) {

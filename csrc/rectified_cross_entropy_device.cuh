@@ -445,7 +445,7 @@ __device__ __forceinline__ float finish_piece(const Kernel& p, int64_t image_num
     for (int i = 0; i < n; ++i) {
 #pragma unroll
       for (int j = 0; j < n; ++j)
-        sums[i][j] = code[i][j] < 0 ? 0.0f : fast_quotient(weight[i][j], sums[i][j]);
+        sums[i][j] = code[i][j] < 0 ? 0.0f : close_quotient(weight[i][j], sums[i][j]);
     }
     if constexpr (kExact) {
       send_exact_slopes(p, image, stride_k, at, piece, most, sums, code, weight, passage, gradient);
