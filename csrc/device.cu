@@ -137,8 +137,8 @@ bool Gpu::checks_values() {
 }
 
 void Gpu::launch_raw(const void* kernel, int64_t blocks, int threads, int64_t shared, void** pointers) const {
-  constexpr int64_t without_asking = 48 << 10;
-  if (shared > without_asking) {
+  // What a kernel declares counts too: with it, even less than the usual limit may have to be asked for.
+  if (shared > 0) {
     check_cuda(
         op_,
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),

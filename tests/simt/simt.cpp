@@ -73,7 +73,7 @@ const std::function<void()>* body;
 jmp_buf scheduler;
 Stack scheduler_stack;
 int running;
-int64_t epoch = 0;
+int64_t epoch = 0, declared = 0;  // number of the block; bytes of shared memory that it has met
 
 void enter() {
   coroutines[running].stack.arrive(&scheduler_stack);
@@ -154,6 +154,7 @@ bool release(int threads) {
 
 void run_block(const std::vector<int>& order, int threads) {
   ++epoch;
+  declared = 0;
   std::fill(dynamic.begin(), dynamic.end(), 0xff);
   for (int i = 0; i < threads; ++i) prepare(i);
   do {
@@ -222,6 +223,10 @@ unsigned char* dynamic_shared() { return dynamic.data(); }
 unsigned char* shared_bytes(unsigned char* memory, int64_t* filled_for, size_t bytes) {
   if (*filled_for != epoch) {
     *filled_for = epoch;
+    declared += static_cast<int64_t>(bytes);
+    if (declared + static_cast<int64_t>(dynamic.size()) > kSharedBytes) {
+      stop("more shared memory than the smallest chip has");
+    }
     std::memset(memory, 0xff, bytes);
   }
   return memory;
