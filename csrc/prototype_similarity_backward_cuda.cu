@@ -31,8 +31,8 @@ using Grad = Planes<const float>;
 struct Back {
   Problem problem;
   Grad grad;
-  int64_t most;           // images of a launch
-  int64_t chunks, steps;  // of an image; tiles of a chunk
+  int64_t most, most_chunks;  // images of a launch, and chunks of one that there is memory for
+  int64_t chunks, steps;      // of an image; tiles of a chunk
   bool shared_sums;
   float* partial;  // [images,chunks,S,C], what a chunk's pixels send to the unit vectors
   float* inverse;  // [images,h*w], 1 / norm of the query's pixels, or null
@@ -520,17 +520,12 @@ __global__ void __launch_bounds__(kFinishThreads, 1) finish_kernel(Back b, Vecto
   }
 }
 
-// Most chunks of an image. images: of the largest launch, for which there is memory; one with fewer images
-// must not take more chunks.
-int64_t most_chunks(const Problem& p, int64_t images, int64_t beside = 1) {
-  return std::max<int64_t>(
-      std::min(kPartialBytes / (4 * images * p.slots * p.channels), over(kBlocks, images * beside)), 1);
-}
-
-// Chunks of an image, of so many tiles each.
+// Chunks of an image, of so many tiles each: as many in a launch with fewer images, or there would not be
+// memory for them.
 void cut(Back& b, int64_t beside = 1) {
-  b.steps = over(b.problem.tiles, most_chunks(b.problem, b.most, beside));
+  b.steps = over(b.problem.tiles, std::min(b.most_chunks, over(kBlocks, b.most * beside)));
   b.chunks = over(b.problem.tiles, b.steps);
+  check(b.chunks <= b.most_chunks, kBackward, "there is no memory for the sums of ", b.chunks, " chunks");
 }
 
 template <typename T, int n, bool one>
@@ -631,13 +626,14 @@ std::tuple<Tensor, Tensor> cuda_backward(const Tensor& grad, const Tensor& query
     Back b{{channels, slots, pixels, 0, 0, norm_limit(eps), vectors.units},
            planes::planes_of<const float>(grad, grad.const_data_ptr()),
            most,
+           std::clamp<int64_t>(kPartialBytes / (4 * most * cells), 1, over(kBlocks, most)),
            0,
            0,
            false,
            nullptr,
            nullptr,
            false};
-    Tensor partial = device_empty(query, {most * cells * most_chunks(b.problem, most)}, ScalarType::Float);
+    Tensor partial = device_empty(query, {most * cells * b.most_chunks}, ScalarType::Float);
     Tensor inverse =
         device_empty(query, {fused ? 0 : std::min(most * pixels, kInversePixels)}, ScalarType::Float);
     b.partial = data_of<float>(partial);
@@ -656,7 +652,6 @@ std::tuple<Tensor, Tensor> cuda_backward(const Tensor& grad, const Tensor& query
       } else {
         launch_backward_planes<T, 1, false>(gpu, view, b, images, result);
       }
-      check(images * b.chunks * cells <= partial.numel(), kBackward, "too little memory for partial sums");
       with_float(float_kind(prototypes.scalar_type()), [&](auto other) {
         using P = decltype(other);
         const Vectors<P> to{
