@@ -89,7 +89,9 @@ def test_planes_that_all_start_aligned(
 ) -> None:
     query = LAYOUTS[layout](torch.randn(shape).to(dtype))
     batch, channels, height, width = shape
-    _judge("prototype_similarity", {"query": query, "prototypes": torch.randn(batch, slots, channels)}, device)
+    _judge(
+        "prototype_similarity", {"query": query, "prototypes": torch.randn(batch, slots, channels)}, device
+    )
     labels = torch.randint(0, slots + 1, (batch, height // 4, width // 4)).repeat_interleave(9, 2)
     classes = torch.arange(slots).repeat(batch, 1)
     _judge("masked_average_pool", {"features": query, "labels": labels, "classes": classes}, device)
