@@ -100,6 +100,7 @@ __device__ __forceinline__ void pool_window(const T* from, int64_t stride_c, int
         touched = fmaf(0.0f, sum[j], touched);
       }
       if (__any_sync(kAll, !(touched == 0.0f))) {  // infinity or NaN times no weight is nothing: once more
+        __syncwarp();                              // elsewhere other threads add to the sums
 #pragma unroll 1
         for (int j = first; j < first + kInFlight && j * kWarps < left; ++j) {
           const T* at = from + j * kWarps * stride_c;
@@ -111,6 +112,7 @@ __device__ __forceinline__ void pool_window(const T* from, int64_t stride_c, int
           total = warp_sum(total);
           if (lane == 0) sums[slot * kDeep + j * kWarps] += total;
         }
+        __syncwarp();
         continue;
       }
       const float of_channel = planes::sums_over<kInFlight, kWarp>(sum);

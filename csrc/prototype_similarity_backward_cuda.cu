@@ -16,13 +16,13 @@ constexpr int kDeep = 256;        // channels whose values a block has in regist
 constexpr int kHalf = kWarp / 2;  // threads that share a channel, in backward
 constexpr int kHalves = kThreads / kHalf;
 constexpr int kFinishThreads = 1024, kFinishParts = kFinishThreads / kWarp, kFinishDeep = 256;
-constexpr int64_t kPartialBytes = 16 << 20, kSharedSums = 24 << 10;
-constexpr int64_t kBlocks = 2048;  // of a launch that leaves partial sums, where there is as much to do
-// Pixels whose norms are held at once. Few in the simulator: its images are large ones to it.
+constexpr int64_t kSharedSums = 24 << 10;
+// kBlocks: of a launch that leaves partial sums, where there is as much to do. kInversePixels: whose norms
+// are held at once. Few in the simulator: its images and batches are large ones to it.
 #ifdef CISC_SIMT
-constexpr int64_t kInversePixels = 500;
+constexpr int64_t kPartialBytes = 24 << 10, kBlocks = 12, kInversePixels = 500;
 #else
-constexpr int64_t kInversePixels = 4 << 20;
+constexpr int64_t kPartialBytes = 16 << 20, kBlocks = 2048, kInversePixels = 4 << 20;
 #endif
 
 // What comes back: [B,S,h,w] float32 of some images, in place.
@@ -31,7 +31,8 @@ using Grad = Planes<const float>;
 struct Back {
   Problem problem;
   Grad grad;
-  int64_t chunks, steps;  // of an image; tiles of a chunk
+  int64_t most, most_chunks;  // images of a launch, and chunks of one that there is memory for
+  int64_t chunks, steps;      // of an image; tiles of a chunk
   bool shared_sums;
   float* partial;  // [images,chunks,S,C], what a chunk's pixels send to the unit vectors
   float* inverse;  // [images,h*w], 1 / norm of the query's pixels, or null
@@ -144,7 +145,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     write_floats<n>(&memory.sums[1][half][place * n], along);
     __syncthreads();
     const int number = static_cast<int>(threadIdx.x);
-    if (number < wide - n + 1) {
+    // Planes that start past a multiple of n reach past a tile of theirs, which is smaller.
+    if (number < (p.tile == wide ? wide : wide - n + 1)) {
       float total = 0.0f, toward = 0.0f;
 #pragma unroll 4
       for (int k = 0; k < kHalves; ++k) {
@@ -281,7 +283,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     backward_pixels_kernel(Planes<const T> query, Back b, Planes<T> grad_query) {
   constexpr int n = kWide<T>, parts = kDeep / (kWarp * n), together = 8 / parts,
                 share_lanes = kWarp / together;
-  CISC_SHARED(memory, float[fused ? kWarps : 1][kDeep]);
+  CISC_SHARED(memory, Pack<float, 4>[fused ? kWarps : 1][kDeep / 4]);
   const Problem& p = b.problem;
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
   const int64_t chunk = blockIdx.x % b.chunks, image = blockIdx.x / b.chunks;
@@ -399,12 +401,13 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
   }
   if constexpr (fused) {
+    auto* flat = reinterpret_cast<float*>(&memory[0][0]);
 #pragma unroll
-    for (int k = 0; k < parts; ++k) write_floats<n>(&memory[warp][(k * kWarp + lane) * n], sums[k]);
+    for (int k = 0; k < parts; ++k) write_floats<n>(flat + warp * kDeep + (k * kWarp + lane) * n, sums[k]);
     __syncthreads();
     if (threadIdx.x >= p.channels) return;
     float sum = 0.0f;
-    for (int k = 0; k < kWarps; ++k) sum += memory[k][threadIdx.x];
+    for (int k = 0; k < kWarps; ++k) sum += flat[k * kDeep + threadIdx.x];
     b.partial[(image * b.chunks + chunk) * p.channels + threadIdx.x] = sum;
   }
 }
@@ -517,12 +520,12 @@ __global__ void __launch_bounds__(kFinishThreads, 1) finish_kernel(Back b, Vecto
   }
 }
 
-// Chunks of the images of a launch, of so many tiles each.
-void cut(Back& b, int64_t images, int64_t beside, int64_t cells) {
-  const int64_t most = std::clamp<int64_t>(
-      std::min(kPartialBytes / (4 * images * cells), over(kBlocks, images * beside)), 1, b.problem.tiles);
-  b.steps = over(b.problem.tiles, most);
+// Chunks of an image, of so many tiles each: as many in a launch with fewer images, or there would not be
+// memory for them.
+void cut(Back& b, int64_t beside = 1) {
+  b.steps = over(b.problem.tiles, std::min(b.most_chunks, over(kBlocks, b.most * beside)));
   b.chunks = over(b.problem.tiles, b.steps);
+  check(b.chunks <= b.most_chunks, kBackward, "there is no memory for the sums of ", b.chunks, " chunks");
 }
 
 template <typename T, int n, bool one>
@@ -531,7 +534,7 @@ void launch_backward_planes(const Gpu& gpu, const Planes<const T>& query, Back& 
   Problem& p = b.problem;
   p.tile = n * (n == 1 || starts_aligned<n>(query) ? kHalf : kHalf - 2);
   p.tiles = over(p.pixels, p.tile);
-  cut(b, images, 1, p.slots * p.channels);
+  cut(b);
   const int64_t bytes = 4 * p.slots * p.channels;
   b.shared_sums = bytes <= kSharedSums;
   gpu.launch(backward_planes_kernel<T, n, one>, images * b.chunks, kThreads, b.shared_sums ? bytes : 0, query,
@@ -545,7 +548,7 @@ void launch_backward_pixels(const Gpu& gpu, const Planes<const T>& query, Back& 
   constexpr int together = 8 / (kDeep / (kWarp * kWide<T>));
   p.tile = kWarps * together;
   p.tiles = over(p.pixels, p.tile);
-  cut(b, images, 1, p.slots * p.channels);
+  cut(b);
   if (b.inverse == nullptr) {
     gpu.launch(backward_pixels_kernel<T, true>, images * b.chunks, kThreads, 0, query, b, grad_query);
     return;
@@ -565,14 +568,14 @@ void launch_backward_pixels(const Gpu& gpu, const Planes<const T>& query, Back& 
       from.data += y * query.stride_y + x * query.stride_x;
       Planes<T> to = grad_query;
       to.data += y * grad_query.stride_y + x * grad_query.stride_x;
-      cut(part, images, 1, p.slots * p.channels);
+      cut(part);
       gpu.launch(backward_pixels_kernel<T, false>, images * part.chunks, kThreads, 0, from, part, to);
       part.adds = y + x > 0;
       if (part.adds) {
         part.steps = b.steps;
         part.chunks = over(part.problem.tiles, b.steps);
       } else {
-        cut(part, images, beside, p.slots * p.channels);
+        cut(part, beside);
         b.steps = part.steps;
         b.chunks = part.chunks;
       }
@@ -622,15 +625,15 @@ std::tuple<Tensor, Tensor> cuda_backward(const Tensor& grad, const Tensor& query
     UnitVectors vectors(prototypes, most, false);
     Back b{{channels, slots, pixels, 0, 0, norm_limit(eps), vectors.units},
            planes::planes_of<const float>(grad, grad.const_data_ptr()),
+           most,
+           std::clamp<int64_t>(kPartialBytes / (4 * most * cells), 1, over(kBlocks, most)),
            0,
            0,
            false,
            nullptr,
            nullptr,
            false};
-    const int64_t most_chunks =
-        std::clamp<int64_t>(kPartialBytes / (4 * most * cells), 1, over(kBlocks, most));
-    Tensor partial = device_empty(query, {most * cells * most_chunks}, ScalarType::Float);
+    Tensor partial = device_empty(query, {most * cells * b.most_chunks}, ScalarType::Float);
     Tensor inverse =
         device_empty(query, {fused ? 0 : std::min(most * pixels, kInversePixels)}, ScalarType::Float);
     b.partial = data_of<float>(partial);

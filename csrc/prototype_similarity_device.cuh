@@ -18,8 +18,13 @@ using planes::kWide;
 using planes::Planes;
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
-constexpr int64_t kUnitBytes = 16 << 20;  // of workspace
-constexpr int64_t kNarrow = 1 << 30;      // pixels and channels that 32 bits count
+// Bytes of workspace. Few in the simulator: so its batches take several launches.
+#ifdef CISC_SIMT
+constexpr int64_t kUnitBytes = 4 << 10;
+#else
+constexpr int64_t kUnitBytes = 16 << 20;
+#endif
+constexpr int64_t kNarrow = 1 << 30;  // pixels and channels that 32 bits count
 
 // a / b, rounded up
 constexpr int64_t over(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -46,14 +51,20 @@ struct Units {
   __device__ __forceinline__ const float* of(int64_t image) const { return data + image * stride_b; }
 };
 
+// A warp has one prototype, of `places` for each image; behind the prototypes come zeros, which are read too.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    units_kernel(Vectors<const T> prototypes, int64_t rows, int64_t slots, int64_t channels, float eps,
-                 Units units) {
+    units_kernel(Vectors<const T> prototypes, int64_t rows, int64_t slots, int64_t places, int64_t channels,
+                 float eps, Units units) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp,
                 lane = threadIdx.x % kWarp;
   if (row >= rows) return;
-  const int64_t image = row / slots, slot = row % slots;
+  const int64_t image = row / places, slot = row % places;
+  float* to = units.data + image * units.stride_b + slot * units.stride_s;
+  if (slot >= slots) {
+    for (int64_t c = lane; c < channels; c += kWarp) to[c * units.stride_c] = 0.0f;
+    return;
+  }
   const T* from = prototypes.data + image * prototypes.stride_b + slot * prototypes.stride_s;
   float square = 0.0f;
 #pragma unroll 4
@@ -62,8 +73,7 @@ __global__ void __launch_bounds__(kThreads)
     square = fmaf(value, value, square);
   }
   const float inverse = inverse_norm(warp_sum(square), eps);
-  if (lane == 0) units.inverse[row] = inverse;
-  float* to = units.data + image * units.stride_b + slot * units.stride_s;
+  if (lane == 0) units.inverse[image * slots + slot] = inverse;
 #pragma unroll 4
   for (int64_t c = lane; c < channels; c += kWarp) {
     to[c * units.stride_c] = from[c * prototypes.stride_c].widen() * inverse;
@@ -118,10 +128,10 @@ class UnitVectors {
   // transposed: [images,C,S or more], else [images,S,C]
   UnitVectors(const Tensor& prototypes, int64_t images, bool transposed) : prototypes_(prototypes) {
     const int64_t slots = prototypes.size(1), channels = prototypes.size(2);
-    const int64_t row = transposed && slots > 1 ? over(slots, 4) * 4 : slots;
-    memory_ = device_empty(prototypes, {images * row * channels}, ScalarType::Float);
+    places_ = transposed && slots > 1 ? over(slots, 4) * 4 : slots;
+    memory_ = device_empty(prototypes, {images * places_ * channels}, ScalarType::Float);
     inverse_ = device_empty(prototypes, {images * slots}, ScalarType::Float);
-    units = {data_of<float>(memory_), row * channels, transposed ? 1 : channels, transposed ? row : 1,
+    units = {data_of<float>(memory_), places_ * channels, transposed ? 1 : channels, transposed ? places_ : 1,
              data_of<float>(inverse_)};
   }
 
@@ -132,8 +142,8 @@ class UnitVectors {
       const Vectors<const T> vectors{
           static_cast<const T*>(prototypes_.const_data_ptr()) + first * prototypes_.stride(0),
           prototypes_.stride(0), prototypes_.stride(1), prototypes_.stride(2)};
-      gpu.launch(units_kernel<T>, over(images * slots, kWarps), kThreads, 0, vectors, images * slots, slots,
-                 channels, eps, units);
+      gpu.launch(units_kernel<T>, over(images * places_, kWarps), kThreads, 0, vectors, images * places_,
+                 slots, places_, channels, eps, units);
     });
   }
 
@@ -141,6 +151,7 @@ class UnitVectors {
 
  private:
   const Tensor& prototypes_;
+  int64_t places_ = 0;  // slots of an image in memory
   Tensor memory_, inverse_;
 };
 

@@ -78,6 +78,37 @@ def test_prototypes(layout: str, dtype: torch.dtype, slots: int, device: str) ->
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("slots", [1, 3, 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["planes", "pixels"])
+@pytest.mark.parametrize(
+    "shape", [(2, 8, 8, 8), (1, 24, 16, 32), (1, 16, 64, 64), (1, 256, 8, 16), (1, 300, 8, 8)], ids=str
+)
+def test_planes_that_all_start_aligned(
+    shape: tuple[int, ...], layout: str, dtype: torch.dtype, slots: int, device: str
+) -> None:
+    query = LAYOUTS[layout](torch.randn(shape).to(dtype))
+    batch, channels, height, width = shape
+    _judge(
+        "prototype_similarity", {"query": query, "prototypes": torch.randn(batch, slots, channels)}, device
+    )
+    labels = torch.randint(0, slots + 1, (batch, height // 4, width // 4)).repeat_interleave(9, 2)
+    classes = torch.arange(slots).repeat(batch, 1)
+    _judge("masked_average_pool", {"features": query, "labels": labels, "classes": classes}, device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("slots", [1, 2, 9])
+@pytest.mark.parametrize("layout", ["planes", "planes from 1 on", "cropped planes", "pixels"])
+def test_batches_that_end_with_fewer_images(layout: str, slots: int, device: str) -> None:
+    """Of several launches, as the simulator has little memory, the last has fewer."""
+    for channels, batch, size in [(24, 11, (8, 9)), (168, 11, (8, 17)), (8, 4, (11, 14))]:
+        query = LAYOUTS[layout](torch.randn(batch, channels, *size))
+        inputs = {"query": query, "prototypes": torch.randn(batch, slots, channels)}
+        _judge("prototype_similarity", inputs, device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("size", [(2, 1203), (37, 41)], ids=str)
 def test_norms_of_an_image_that_do_not_fit_at_once(size: tuple[int, int], device: str) -> None:
     """Parts of a row, and some rows at a time, in the simulator, which holds few; rows with gaps, too."""
