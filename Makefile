@@ -24,7 +24,8 @@ SETTINGS := $(shell echo '$(CISC_CUDA) $(CISC_CPP) $(CISC_DEBUG) $(CISC_CUDA_ARC
 BUILT := .venv/.built-$(call hash,setup.py pyproject.toml Makefile $(wildcard csrc/*))-$(SETTINGS)
 
 SIMULATED := test_ops.py test_golden.py test_ops_rules.py test_ops_properties.py test_ops_special.py \
-    test_ops_errors.py test_cross_similarity.py test_gpu_cases.py
+    test_ops_errors.py test_cross_similarity.py test_gpu_cases.py test_cuda_losses.py \
+    test_cuda_features.py
 
 .PHONY: help setup demo test soak lint format bench gpu
 
@@ -45,7 +46,8 @@ test: $(BUILT)  ## all tests, in JOBS processes; then those of the CUDA kernels,
 	[ -f cisc_ext/_ops.so ] || { echo "CUDA kernels not tested: no C++ compiler" >&2; exit 0; }
 	CISC_SIMT=1 CISC_CUDA=0 $(PY) setup.py --quiet build --build-lib build/simt
 	export CISC_OPS=build/simt/cisc_ext/_ops.so
-	$(PY) -m pytest -n $(JOBS) -q -rfE -k cpp $(addprefix tests/,$(SIMULATED))
+	$(PY) -m pytest -n $(JOBS) -q -rfE -k "cpp or test_cuda_losses or test_cuda_features" \
+	    $(addprefix tests/,$(SIMULATED))
 	CISC_SIMT_ORDER=reverse $(PY) -m pytest -n $(JOBS) -q -rfE -k "cpp and (test_implementation or golden)" \
 	    tests/test_ops.py tests/test_golden.py
 

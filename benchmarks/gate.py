@@ -41,7 +41,7 @@ _LEAST_S = 5.0  # in which a part could end
 PARTS: dict[str, tuple[tuple[str, ...], int]] = {
     "tests": (("benchmarks.gpu_tests", "--limit", "220", "--out", "{out}"), 240),
     "targets": (("benchmarks.targets", "--json", "{out}/targets_cuda.json"), 90),
-    "sanitizer": (("benchmarks.sanitize", "--limit", "30", "--json", "{out}/sanitizer.json"), 125),
+    "sanitizer": (("benchmarks.sanitize", "--limit", "30", "--json", "{out}/sanitizer.json"), 150),
     "step": (
         ("benchmarks.step", "--device", "cuda", "--repeats", "20", "--json", "{out}/step_cuda.json"),
         150,

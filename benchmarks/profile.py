@@ -38,6 +38,8 @@ METRICS = {
     "registers": "launch__registers_per_thread",
     "occupancy_percent": "sm__warps_active.avg.pct_of_peak_sustained_active",
 }
+_RANGE = re.compile(r"Domain:(Start/Stop|Push/Pop)_Range")
+"""In the names of the columns of NVTX's ranges."""
 _NS_PER_US = 1e3
 _SHARE = 0.6  # of the limit, after which no further call begins
 
@@ -61,12 +63,13 @@ def here(names: Sequence[str], until: float) -> None:
             call = implementation_call(case, impl)
             call()
             torch.cuda.synchronize()
-            torch.cuda.nvtx.range_push(f"{case.operator.name} {case.passes} {impl}")
+            # Not push and pop: these are of one thread, and torch has another one for backward.
+            named = torch.cuda.nvtx.range_start(f"{case.operator.name} {case.passes} {impl}")
             torch.cuda.profiler.start()
             call()
             torch.cuda.synchronize()
             torch.cuda.profiler.stop()
-            torch.cuda.nvtx.range_pop()
+            torch.cuda.nvtx.range_end(named)
 
 
 def rows_of(output: str) -> list[dict[str, Any]]:
@@ -80,8 +83,8 @@ def rows_of(output: str) -> list[dict[str, Any]]:
     for line in csv.DictReader(table):
         if not line["ID"]:
             continue  # units
-        of_range = [value for key, value in line.items() if key and "Push/Pop_Range" in key]
-        case = re.search(r"(\w+ (?:forward|backward|both) (?:cpp|triton))", " ".join(of_range))
+        of_range = [value for key, value in line.items() if key and _RANGE.search(key)]
+        case = re.search(r"(\w+ (?:forward|backward|both) (?:cpp|triton))", " ".join(filter(None, of_range)))
         row: dict[str, Any] = {"case": case[1] if case else None, "kernel": line["Kernel Name"]}
         for key, metric in METRICS.items():
             text = (line.get(metric) or "").replace(",", "")

@@ -10,6 +10,7 @@ import torch
 from opcases import cotangent, is_empty
 from torch import Tensor
 
+from benchmarks.aligned_samples import aligned_samples
 from cisc_ext.ops.registry import OPERATORS, Call, Operator, capability
 
 IMPLEMENTATIONS = ("cpp", "triton")
@@ -37,6 +38,24 @@ def workloads() -> list[Any]:
         for impl in IMPLEMENTATIONS
         for workload in operator.workloads()
         if not workload.ladder
+    ]
+
+
+def aligned(device: str, *impls: str) -> list[Any]:
+    """Operator, implementation, aligned sample and device."""
+    marks = [
+        pytest.mark.cuda,
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+    ]
+    return [
+        pytest.param(
+            *(operator, impl, sample, device),
+            id=f"{operator.name}-{impl}-{sample.name}-{device}",
+            marks=marks if device == "cuda" else [],
+        )
+        for operator in OPERATORS.values()
+        for impl in impls
+        for sample in aligned_samples(operator)
     ]
 
 

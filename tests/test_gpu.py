@@ -14,6 +14,7 @@ from gpucases import (
     DTYPES,
     IMPLEMENTATIONS,
     Inputs,
+    aligned,
     alike,
     call_of,
     changed,
@@ -68,6 +69,14 @@ def test_samples_give_the_same_bits(operator: Operator, impl: str, sample: Any) 
     skip_unless_there(operator, impl)
     for dtype in DTYPES:
         inputs = cast(operator, sample, (dtype,) * len(operator.features), "cuda")
+        alike(call_of(operator, inputs, impl), RUNS, f"{dtype}")
+
+
+@pytest.mark.parametrize(("operator", "impl", "sample", "device"), aligned("cuda", "cpp"))
+def test_aligned_samples_give_the_same_bits(operator: Operator, impl: str, sample: Any, device: str) -> None:
+    skip_unless_there(operator, impl)
+    for dtype in DTYPES:
+        inputs = cast(operator, sample, (dtype,) * len(operator.features), device)
         alike(call_of(operator, inputs, impl), RUNS, f"{dtype}")
 
 

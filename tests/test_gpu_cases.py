@@ -1,4 +1,5 @@
-"""What the tests on a GPU are made of, tried on the CPU."""
+"""What the tests on a GPU are made of, tried on the CPU; and inputs larger than a block of the kernels, there
+and here."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ import pytest
 import torch
 from gpucases import (
     DTYPES,
+    IMPLEMENTATIONS,
+    aligned,
     alike,
     call_of,
     changed,
@@ -13,15 +16,18 @@ from gpucases import (
     one_elsewhere,
     same_bits,
     samples,
+    skip_unless_there,
     without_gradient,
     workloads,
 )
 from opcases import cast
+from oprule import assert_meets_rule
 from test_ops_special import BAD_VALUES, bad_inputs
 from torch import Tensor
 
+from benchmarks.aligned_samples import aligned_samples
 from cisc_ext import ops
-from cisc_ext.ops.registry import OPERATORS, Operator
+from cisc_ext.ops.registry import OPERATORS, Operator, Sample
 
 CPP = [pytest.param(OPERATORS[name], id=f"{name}-cpp") for name in OPERATORS]
 
@@ -41,6 +47,29 @@ def test_runs_are_alike(operator: Operator) -> None:
         outputs = without_gradient(operator, inputs, "cpp")
         assert len(call()) == len(outputs) + len(operator.differentiable)
         same_bits(outputs[1:], call()[1 : len(outputs)], "without a gradient")
+
+
+@pytest.mark.parametrize(
+    ("operator", "impl", "sample", "device"), aligned("cpu", "cpp") + aligned("cuda", *IMPLEMENTATIONS)
+)
+def test_aligned_planes_and_channels_last(operator: Operator, impl: str, sample: Sample, device: str) -> None:
+    skip_unless_there(operator, impl, device)
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = cast(operator, sample, (dtype,) * len(operator.features), device)
+        assert_meets_rule(operator, impl, inputs)
+
+
+def test_aligned_samples_are_aligned() -> None:
+    """Every operator has planes that start at 16 bytes in each precision, and pixels with channels together,
+    and casting keeps both."""
+    for operator in OPERATORS.values():
+        last = []
+        for sample in aligned_samples(operator):
+            inputs = cast(operator, sample, (torch.float16,) * len(operator.features))
+            maps = [inputs[name] for name in operator.features if name in inputs and inputs[name].dim() == 4]
+            assert maps and all(one.shape[-2:].numel() * one.element_size() % 16 == 0 for one in maps)
+            last.append(all(one.stride(1) == 1 and one.stride(3) > 1 for one in maps[:1] if one.shape[1] > 1))
+        assert any(last) and not all(last), operator.name
 
 
 @pytest.mark.parametrize("operator", CPP)

@@ -11,11 +11,16 @@ import pytest
 import torch
 
 from benchmarks import machine, nvidia_tools, profile, sanitize, targets
+from benchmarks.aligned_samples import aligned_samples
 from cisc_ext.ops import _library
 from cisc_ext.ops.registry import OPERATORS
 
 RAN = 'SANITIZED {"calls": 12, "samples_not_reached": 0, "left_out": {}}'
 NONE = 'SANITIZED {"calls": 0, "samples_not_reached": 0, "left_out": {"predict": "there is no CUDA kernel"}}'
+LATE = 'SANITIZED {"calls": 0, "samples_not_reached": 42, "left_out": {}}'
+SOME = 'SANITIZED {"calls": 2, "samples_not_reached": 40, "left_out": {}}'
+NOTHING = 'SANITIZED {"calls": 0, "samples_not_reached": 0, "left_out": {}}'
+NO_ERRORS = "========= ERROR SUMMARY: 0 errors"
 CLEAN = f"========= COMPUTE-SANITIZER\n{RAN}\n========= ERROR SUMMARY: 0 errors"
 WRONG = f"========= Invalid __global__ read of size 4 bytes\n{RAN}\n========= ERROR SUMMARY: 3 errors"
 RACE = f"{RAN}\n========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)"
@@ -75,13 +80,56 @@ def test_ends_of_the_sanitizer(
         assert (row["reason"] is None) == (outcome == "clean")
 
 
+@pytest.mark.parametrize(
+    ("said", "outcome", "of_triton", "number"),
+    [
+        (LATE, "stopped", "stopped", "42"),
+        (SOME, "stopped", "partial", "40"),
+        (NOTHING, "stopped", "stopped", "no sample"),
+        (f"{LATE}\n{SOME}", "stopped", "partial", "40"),
+    ],
+)
+def test_samples_that_were_not_reached_are_not_clean(
+    said: str, outcome: str, of_triton: str, number: str, bin_folder: Path, tmp_path: Path
+) -> None:
+    """A tool in which torch takes all the time to start has tested nothing."""
+    tool(bin_folder, "compute-sanitizer", f"{said}\n{NO_ERRORS}")
+    code, rows = sanitized(tmp_path)
+    assert code == 1
+    assert [row["outcome"] for row in rows] == [outcome] * 3 + [of_triton]
+    assert all(number in row["reason"] for row in rows)
+
+
+def test_triton_may_come_to_some_samples_only(bin_folder: Path, tmp_path: Path) -> None:
+    """What was found until then counts."""
+    path = bin_folder / "compute-sanitizer"
+    wrong = "========= Invalid __global__ read of size 4 bytes"
+    for more, ended, outcome in (("", 0, "partial"), (wrong, 1, "errors")):
+        path.write_text(
+            f"#!/bin/sh\ncase \"$*\" in *'--here triton'*) echo '{SOME}'; echo '{more}'; sleep 60;; esac\n"
+            f"echo '{RAN}'; echo '{NO_ERRORS}'\n"
+        )
+        path.chmod(0o755)
+        code, rows = sanitized(tmp_path, "--limit", "0.5")
+        assert [row["outcome"] for row in rows] == ["clean"] * 3 + [outcome] and code == ended
+        assert rows[3]["seconds"] > 0.9, "what the tools before it left is there, too"
+
+
+def test_slow_tools_have_fewer_samples(bin_folder: Path, tmp_path: Path) -> None:
+    path = bin_folder / "compute-sanitizer"
+    path.write_text(f"#!/bin/sh\necho \"$@\"; echo '{RAN}'; echo '{NO_ERRORS}'\n")
+    path.chmod(0o755)
+    _, rows = sanitized(tmp_path)
+    assert [row["tool"] for row in rows if "--few" in row["tail"]] == list(sanitize.SLOW)
+
+
 def test_a_tool_without_end_is_stopped(bin_folder: Path, tmp_path: Path) -> None:
     """Also what it has started; the last run, for which time may not do, is no failure then."""
     tool(bin_folder, "compute-sanitizer", RAN, 0, seconds=60)
     begin = time.monotonic()
     code, rows = sanitized(tmp_path, "--limit", "0.3")
     assert code == 1 and time.monotonic() - begin < 20
-    assert [row["outcome"] for row in rows] == ["stopped", "stopped", "stopped", "skipped"]
+    assert [row["outcome"] for row in rows] == ["stopped", "stopped", "stopped", "partial"]
     assert all(row["returncode"] is None and row["calls"] == 12 for row in rows)
 
 
@@ -108,18 +156,23 @@ def test_where_tools_are_found(tmp_path: Path) -> None:
 def test_the_samples_run_as_under_a_tool() -> None:
     """Here on the CPU: every operator, forward and backward."""
     impl = "cpp" if _library.LOADED else "reference"
-    found = sanitize.here(sorted(OPERATORS), impl, "cpu")
+    *_, found = sanitize.here(sorted(OPERATORS), impl, "cpu", few=True)
     able = [name for name in OPERATORS if name not in found["left_out"]]
-    count = sum(len(list(OPERATORS[name].samples())) for name in able)
+    count = len(list(sanitize.samples(able, few=True)))
     assert found["calls"] == len(sanitize.DTYPES) * count and found["samples_not_reached"] == 0
-    late = sanitize.here(sorted(OPERATORS), impl, "cpu", until=0.0)
-    assert late["calls"] == 0 and late["samples_not_reached"] == count
+    every = sum(len(list(aligned_samples(o))) + len(list(o.samples())) for o in OPERATORS.values())
+    late = list(sanitize.here(sorted(OPERATORS), impl, "cpu", until=0.0))
+    assert [one["calls"] for one in late] == [0] and late[0]["samples_not_reached"] == every > count
+    reports = sanitize.here(["predict"], impl, "cpu")
+    assert [next(reports)["calls"] for _ in range(3)] == [0, 2, 4], "said as it goes"
     first = [operator.name for operator, _ in sanitize.samples(sorted(OPERATORS))][: len(OPERATORS)]
     assert first == sorted(OPERATORS)
 
 
+RANGE = "PL_Type:PL_Value:CLR_Type:Color:Msg_Type:Msg"
 NCU_HEAD = (
-    '"ID","Process ID","Process Name","Host Name","thread Domain:Push/Pop_Range:PL_Type:PL_Value:Msg",'
+    f'"ID","Process ID","Process Name","Host Name","thread Domain:Push/Pop_Range:{RANGE}",'
+    f'"Id:Domain:Start/Stop_Range:{RANGE}",'
     '"Kernel Name","Context","Stream","Block Size","Grid Size","Device","CC",'
 )
 NCU = "\n".join(
@@ -127,11 +180,11 @@ NCU = "\n".join(
         "==PROF== Connected to process 7",
         '==PROF== Profiling "predict_kernel": 0%....100% - 1 pass',
         NCU_HEAD + ",".join(f'"{metric}"' for metric in profile.METRICS.values()),
-        '"","","","","","","","","","","","","ns","%","%","register/thread","%"',
-        '"0","7","python","host","<default domain>:predict forward cpp:none",'
+        '"","","","","","","","","","","","","","ns","%","%","register/thread","%"',
+        '"0","7","python","host","","1:<default domain>:predict forward cpp:none:none:none:none:none",'
         '"void cisc::predict_kernel<T1>(int, T2)",'
         '"1","7","(128, 1, 1)","(2112, 1, 1)","0","9.0","51,200","41.25","83.5","64","55.1"',
-        '"1","7","python","host","","spoil","1","7","(128, 1, 1)","(2, 1, 1)","0","9.0",'
+        '"1","7","python","host","","","spoil","1","7","(128, 1, 1)","(2, 1, 1)","0","9.0",'
         '"2100","n/a","1","16","9"',
     ]
 )
@@ -147,6 +200,35 @@ def test_launches_that_ncu_prints() -> None:
     }
     assert (second["case"], second["time_us"], second["dram_percent"]) == (None, 2.1, None)
     assert profile.rows_of("==PROF== nothing") == []
+
+
+def test_backward_is_in_the_range_of_its_call() -> None:
+    """Which is of the process, and so in a column of its own; threads' ranges are read, too."""
+    backward = NCU.replace("predict forward cpp", "masked_average_pool backward triton")
+    assert profile.rows_of(backward)[0]["case"] == "masked_average_pool backward triton"
+    of_process = '"","1:<default domain>:predict forward cpp:none:none:none:none:none"'
+    of_thread = '"<default domain>:predict forward cpp:none:none:none:none:none",""'
+    assert of_process in NCU
+    assert profile.rows_of(NCU.replace(of_process, of_thread))[0]["case"] == "predict forward cpp"
+
+
+def test_ranges_are_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+
+    def range_start(name: str) -> int:
+        said.append(name)
+        return 7
+
+    monkeypatch.setattr(profile, "chosen", lambda *_: [targets.dense_case((2, 2), torch.bfloat16, "cpu")])
+    monkeypatch.setattr(targets, "obstacles", lambda case, impl: ["none"] if impl == "triton" else [])
+    monkeypatch.setattr(profile, "implementation_call", lambda case, impl: lambda: said.append("call"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda.profiler, "start", lambda: said.append("on"))
+    monkeypatch.setattr(torch.cuda.profiler, "stop", lambda: said.append("off"))
+    monkeypatch.setattr(torch.cuda.nvtx, "range_start", range_start)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_end", lambda number: said.append(f"end {number}"))
+    profile.here(["cross_similarity"], time.time() + 60)
+    assert said == ["call", "cross_similarity forward cpp", "on", "call", "off", "end 7"]
 
 
 @pytest.mark.parametrize(
