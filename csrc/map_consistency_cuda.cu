@@ -120,8 +120,10 @@ __global__ void __launch_bounds__(kLanes, kWarps) consistency_kernel(Maps<T> sim
           Corners::of_points(similarity, at, walk.rows.next(at), column.left, column.right);
       const bool counts = column.counts && at >= task.begin;
       Passage passage = Passage::of(walk, carry, column, at, at >= task.begin, share);
-      float* const gradient =
-          held(p.grad + ((task.image * p.maps * walk.rows.n + at) * walk.columns.n + column.cell));
+      float* gradient = nullptr;
+      if (kGradient) {
+        gradient = held(p.grad + ((task.image * p.maps * walk.rows.n + at) * walk.columns.n + column.cell));
+      }
       float row_loss = 0.0f;
       for (int piece_y = 0; piece_y < pieces_y; ++piece_y) {
         for (int piece_x = 0; piece_x < pieces_x; ++piece_x) {

@@ -354,7 +354,9 @@ Tensor cuda_forward(const Tensor& features, const Tensor& labels, const Tensor& 
     return device_zeros(features, {batch, slots, channels}, ScalarType::Float);
   }
   Tensor prototypes = device_empty(features, {batch, slots, channels}, ScalarType::Float);
-  Gatherer gatherer(gpu, labels, classes, features.size(2), features.size(3));
+  // A piece's images have one chunk each at least, and a group of slots.
+  const int64_t image_bytes = std::min<int64_t>(slots, kSlots) * channels * 4;
+  Gatherer gatherer(gpu, labels, classes, features.size(2), features.size(3), kPartialBytes / image_bytes);
   int64_t floats = 0;
   for (const Piece& piece : gatherer.pieces) {
     const Share share = Share::of(piece, slots, channels);

@@ -97,7 +97,9 @@ __device__ __forceinline__ double pixels_of(unsigned long long total, double uni
 // The weights of one piece after another, and the pixels of the classes.
 class Gatherer {
  public:
-  Gatherer(const Gpu& gpu, const Tensor& labels, const Tensor& classes, int64_t h, int64_t w);
+  // most_images: of a piece
+  Gatherer(const Gpu& gpu, const Tensor& labels, const Tensor& classes, int64_t h, int64_t w,
+           int64_t most_images = INT64_MAX);
 
   // count: add this piece's pixels to the totals; each piece does so once
   Weights of(const Piece& piece, bool count);

@@ -178,15 +178,15 @@ int64_t segment_pixels(const Geometry& g) {
   return each;
 }
 
-// Pieces of the batch, whole images where they fit. The weights of one take kWeightBytes at most, unless
-// those of one pixel take more.
-std::vector<Piece> pieces_of(const Geometry& g, int64_t slots) {
+// Pieces of the batch, whole images where they fit, but no more than `most_images` of them. The weights of
+// one take kWeightBytes at most, unless those of one pixel take more.
+std::vector<Piece> pieces_of(const Geometry& g, int64_t slots, int64_t most_images) {
   const int64_t most = std::max<int64_t>(kWeightBytes / (5 * slots), 1), area = g.h * g.w;
   std::vector<Piece> pieces;
   if (area <= most) {
     const int64_t launches = (g.batch * area + most - 1) / most;
-    int64_t images = std::min((g.batch + launches - 1) / launches, most / area);
-    images = std::max<int64_t>(images, 1);
+    const int64_t evenly = (g.batch + launches - 1) / launches;
+    const int64_t images = std::max<int64_t>(std::min({evenly, most / area, most_images}), 1);
     for (int64_t b = 0; b < g.batch; b += images) {
       pieces.push_back({b, std::min(images, g.batch - b), 0, g.h, 0, g.w});
     }
@@ -205,11 +205,12 @@ std::vector<Piece> pieces_of(const Geometry& g, int64_t slots) {
 
 }  // namespace
 
-Gatherer::Gatherer(const Gpu& gpu, const Tensor& labels, const Tensor& classes, int64_t h, int64_t w)
+Gatherer::Gatherer(const Gpu& gpu, const Tensor& labels, const Tensor& classes, int64_t h, int64_t w,
+                   int64_t most_images)
     : gpu_(gpu),
       geometry{labels.size(0), h, w, labels.size(1), labels.size(2)},
       slots(classes.size(1)),
-      pieces(pieces_of(geometry, slots)) {
+      pieces(pieces_of(geometry, slots, most_images)) {
   const int64_t each = segment_pixels(geometry);
   int64_t most = 0, most_segments = 0;
   for (const Piece& piece : pieces) {

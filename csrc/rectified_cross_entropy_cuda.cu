@@ -63,8 +63,10 @@ __global__ void __launch_bounds__(kLanes, kWarps) cross_entropy_kernel(Maps<T> l
       const Corners corners = Corners::of_points(logits, at, walk.rows.next(at), column.left, column.right);
       const bool counts = column.counts && at >= task.begin;
       Passage passage = Passage::of(walk, carry, column, at, at >= task.begin, factor);
-      float* const gradient =
-          held(p.grad + ((task.image * p.planes * walk.rows.n + at) * walk.columns.n + column.cell));
+      float* gradient = nullptr;
+      if (kMode == Mode::gradient) {
+        gradient = held(p.grad + ((task.image * p.planes * walk.rows.n + at) * walk.columns.n + column.cell));
+      }
       for (int piece_y = 0; piece_y < pieces_y; ++piece_y) {
         for (int piece_x = 0; piece_x < pieces_x; ++piece_x) {
           const Piece<n> piece =
