@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +23,8 @@ DEVICES = [
         ],
     ),
 ]
+SIMULATED = "simt" in Path(os.environ.get("CISC_OPS", "")).parts
+"""Whether the library is the CUDA kernels on the CPU (CISC_SIMT=1)."""
 SAMPLES = {
     (name, sample.name): sample for name, operator in OPERATORS.items() for sample in operator.samples()
 }

@@ -4,14 +4,12 @@ multiprocessors. Other builds run the same cases."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from numerics import assert_equal
-from opcases import DEVICES, run_operator, skip_unless_able
+from opcases import DEVICES, SIMULATED, run_operator, skip_unless_able
 from oprule import assert_meets_rule
 from torch import Tensor
 
@@ -19,8 +17,6 @@ from cisc_ext import ops
 from cisc_ext.ops import _library
 from cisc_ext.ops.registry import OPERATORS
 
-SIMULATED = "simt" in Path(os.environ.get("CISC_OPS", "")).parts
-"""Whether the library is the CUDA kernels on the CPU (CISC_SIMT=1)."""
 IGNORED = 255
 SIZES = {  # b, planes, h, w, height, width
     "carry_in_workspace": (1, 100, 4, 3, 13, 9),
