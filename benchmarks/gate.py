@@ -18,10 +18,7 @@ order, the most important first; all of them end within 8 minutes, and what does
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -30,10 +27,8 @@ from typing import Any
 
 import torch
 
-from benchmarks import machine
+from benchmarks import limited, machine
 from cisc_ext.files import write_json
-
-TAIL_CHARACTERS = 4000
 
 WITHIN_S = 480.0
 _LEAST_S = 5.0  # in which a part could end
@@ -71,32 +66,13 @@ def run_part(name: str, out: Path, tested: bool = False, left_s: float = WITHIN_
     if left_s < _LEAST_S:
         why = "not begun: the time of the whole is over"
         return {**head, "returncode": None, "limit_s": 0, "seconds": 0.0, "tail": why}
-    log = out / f"{name}.log"
-    begin = time.monotonic()
-    with log.open("wb") as stream:
-        process = subprocess.Popen(
-            [sys.executable, "-m", *module],
-            cwd=machine.ROOT,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        returncode: int | None
-        try:
-            returncode = process.wait(limit_s)
-        except subprocess.TimeoutExpired:
-            returncode = None
-        finally:
-            # Its own group, so that what it started ends with it.
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+    ran = limited.run([sys.executable, "-m", *module], limit_s, log=out / f"{name}.log")
     return {
         **head,
-        "returncode": returncode,
+        "returncode": ran.returncode,
         "limit_s": limit_s,
-        "seconds": round(time.monotonic() - begin, 1),
-        "tail": log.read_text(errors="replace")[-TAIL_CHARACTERS:],
+        "seconds": ran.seconds,
+        "tail": ran.tail,
     }
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import machine, nvidia_tools, targets
+from benchmarks import limited, machine, nvidia_tools, targets
 from benchmarks.cases import Case, implementation_call
 from benchmarks.tables import aligned
 from cisc_ext.files import write_json
@@ -111,7 +111,7 @@ def profiled(names: Sequence[str], limit_s: float) -> dict[str, Any]:
         "--until",
         str(time.time() + _SHARE * limit_s),
     ]  # what was profiled is printed when the program ends
-    ran = nvidia_tools.run(words, limit_s)
+    ran = limited.run(words, limit_s)
     rows = rows_of(ran.output)
     facts = {"returncode": ran.returncode, "seconds": ran.seconds, "tail": ran.tail, "rows": rows}
     why_not = nvidia_tools.forbidden(ran.output)

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import machine, nvidia_tools
+from benchmarks import limited, machine, nvidia_tools
 from benchmarks.aligned_samples import aligned_samples
 from benchmarks.tables import aligned
 from cisc_ext.files import write_json
@@ -113,7 +113,7 @@ def reported(output: str) -> int | None:
     return int(counts[-1]) if counts else None
 
 
-def judged(tool: str, impl: str, ran: nvidia_tools.Ran, limit_s: float) -> dict[str, Any]:
+def judged(tool: str, impl: str, ran: limited.Ran, limit_s: float) -> dict[str, Any]:
     """A row of the result."""
     found = re.findall(rf"^{_REPORT}(.*)$", ran.output, flags=re.MULTILINE)
     report: dict[str, Any] = json.loads(found[-1]) if found else {}
@@ -159,7 +159,7 @@ def sanitized(tool: str, impl: str, names: Sequence[str], limit_s: float) -> dic
     words += [sys.executable, "-m", "benchmarks.sanitize", "--here", impl, "--op", *names]
     words += ["--until", str(time.time() + _SHARE * limit_s), *(["--few"] if tool in SLOW else [])]
     env = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": "1"}
-    return judged(tool, impl, nvidia_tools.run(words, limit_s, env), limit_s)
+    return judged(tool, impl, limited.run(words, limit_s, env), limit_s)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
