@@ -59,12 +59,12 @@ lint: $(PACKAGES)  ## style, types and format; changes nothing
 	@$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	.venv/bin/clang-format --dry-run -Werror csrc/* tests/simt/*
+	.venv/bin/clang-format --dry-run -Werror csrc/* tests/*.cpp tests/simt/*
 
 format: $(PACKAGES)  ## bring Python and C++ into the house's form
 	@$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	.venv/bin/clang-format -i csrc/* tests/simt/*
+	.venv/bin/clang-format -i csrc/* tests/*.cpp tests/simt/*
 
 # The extra "bench" has the rivals; the results say so where they are missing.
 bench: $(BUILT)  ## time and memory of a training step and of every kernel, into $(OUT); tables and pictures

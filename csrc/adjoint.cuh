@@ -1,5 +1,4 @@
-// A warp's way down a band of cells (walk.h): which pixels its threads have, and the adjoint of the
-// upsampling.
+// A warp's way down a band of cells (walk.h), and the adjoint of the upsampling.
 #pragma once
 
 #include "cells.cuh"
@@ -7,63 +6,16 @@
 
 namespace cisc::cells {
 
-// What a warp goes through, and where its loss goes.
-struct Task {
-  int64_t image, tile, begin, end;  // rows of cells
-
-  __device__ __forceinline__ static Task of(const Walk& walk, int64_t number) {
-    const int64_t line = number / walk.tiles, band = line % walk.bands, end = (band + 1) * walk.band;
-    return {line / walk.bands, number % walk.tiles, band * walk.band, end < walk.rows.n ? end : walk.rows.n};
+// Pieces of kPixels of the longest cell of the warp, at least one.
+template <int kPixels>
+__device__ __forceinline__ int pieces_of_warp(const Column& column) {
+  int most = column.last - column.first;
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) {
+    const int other = __shfl_xor_sync(kAll, most, distance);
+    most = other > most ? other : most;
   }
-
-  // Number of the sum that row `at` of cells belongs to.
-  __device__ __forceinline__ int64_t partial(const Walk& walk, int64_t at) const {
-    return (image * walk.tiles + tile) * walk.units + at / walk.unit;
-  }
-
-  // Whether such a sum ends with this row.
-  __device__ __forceinline__ bool ends(const Walk& walk, int64_t at) const {
-    return at + 1 == end || (at + 1) % walk.unit == 0;
-  }
-};
-
-// The column of cells of a thread. Cell -1 has the pixels in front of the first input: else cell 0 would have
-// more than the others of its warp, which would wait.
-struct Column {
-  int cell, first, last;  // of pixels
-  int64_t tile;
-  int left, right;  // inputs
-  bool counts;      // no other warp counts its pixels
-  bool writes;      // the left input is this thread's to write
-
-  __device__ __forceinline__ static Column of(const Walk& walk, const Task& task) {
-    const int lane = static_cast<int>(threadIdx.x) % kLanes;
-    const Axis& axis = walk.columns;
-    Column c{};
-    c.tile = task.tile;
-    const int64_t cell = task.tile * (kLanes - walk.shared) + lane + walk.start;
-    c.cell = static_cast<int>(cell);
-    c.first = static_cast<int>(cell < 0 ? 0 : cell == 0 ? walk.front : axis.first(cell));
-    c.last = static_cast<int>(cell < 0 ? walk.front : axis.first(cell + 1));
-    const int64_t known = cell < axis.n ? cell : axis.n - 1;
-    c.left = static_cast<int>(cell < 0 ? axis.next(0) : known);
-    c.right = static_cast<int>(cell < 0 ? 0 : axis.next(known));
-    c.counts = lane >= walk.shared || cell < 0;
-    c.writes = lane >= walk.shared && cell >= 0 && cell < axis.n;
-    return c;
-  }
-
-  // Pieces of kPixels of the longest cell of the warp, at least one.
-  template <int kPixels>
-  __device__ __forceinline__ int pieces() const {
-    int most = last - first;
-    for (int distance = kLanes / 2; distance > 0; distance /= 2) {
-      const int other = __shfl_xor_sync(kAll, most, distance);
-      most = other > most ? other : most;
-    }
-    return most > kPixels ? (most + kPixels - 1) / kPixels : 1;
-  }
-};
+  return most > kPixels ? (most + kPixels - 1) / kPixels : 1;
+}
 
 // Pixels from (y, x) on of a thread's cell in a row of cells.
 template <int kPixels>

@@ -104,8 +104,8 @@ __global__ void __launch_bounds__(kLanes, kWarps) consistency_kernel(Maps<T> sim
   for (int64_t number = blockIdx.x; number < walk.tasks(); number += gridDim.x) {
     const cells::Task task = cells::Task::of(walk, number);
     const T* const image = similarity.data + task.image * similarity.stride_b;
-    const Column column = Column::of(walk, task);
-    const int pieces_x = column.pieces<n>();
+    const Column column = Column::of(walk, task, static_cast<int>(threadIdx.x));
+    const int pieces_x = cells::pieces_of_warp<n>(column);
     if (task.tile == 0 && task.begin == 0) wrong = p.classes.wrong(task.image, INT64_MAX) || wrong;
     int valid = 0;
     for (int64_t slot = 0; slot < p.maps; ++slot) valid += p.classes.at(task.image, slot) >= 0;

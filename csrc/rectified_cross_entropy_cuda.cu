@@ -49,8 +49,8 @@ __global__ void __launch_bounds__(kLanes, kWarps) cross_entropy_kernel(Maps<T> l
     if (kGeneral && p.left != nullptr && p.left[number] == 0) continue;
     const cells::Task task = cells::Task::of(walk, number);
     const T* const image = logits.data + task.image * logits.stride_b;
-    const Column column = Column::of(walk, task);
-    const int pieces_x = column.pieces<n>();
+    const Column column = Column::of(walk, task, static_cast<int>(threadIdx.x));
+    const int pieces_x = cells::pieces_of_warp<n>(column);
     if (p.classes.data != nullptr && task.tile == 0 && task.begin == 0) {
       wrong = p.classes.wrong(task.image, p.planes) || wrong;
     }

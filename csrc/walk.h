@@ -33,6 +33,50 @@ struct Walk {
   CISC_HD int64_t partials() const { return batch * tiles * units; }
 };
 
+// What a warp goes through, and where its loss goes.
+struct Task {
+  int64_t image, tile, begin, end;  // rows of cells
+
+  CISC_HD static Task of(const Walk& walk, int64_t number) {
+    const int64_t line = number / walk.tiles, band = line % walk.bands, end = (band + 1) * walk.band;
+    return {line / walk.bands, number % walk.tiles, band * walk.band, end < walk.rows.n ? end : walk.rows.n};
+  }
+
+  // Number of the sum that row `at` of cells belongs to.
+  CISC_HD int64_t partial(const Walk& walk, int64_t at) const {
+    return (image * walk.tiles + tile) * walk.units + at / walk.unit;
+  }
+
+  // Whether such a sum ends with this row.
+  CISC_HD bool ends(const Walk& walk, int64_t at) const { return at + 1 == end || (at + 1) % walk.unit == 0; }
+};
+
+// The column of cells of a thread. Cell -1 has the pixels in front of the first input: else cell 0 would have
+// more than the others of its warp, which would wait.
+struct Column {
+  int cell, first, last;  // of pixels
+  int64_t tile;
+  int left, right;  // inputs
+  bool counts;      // no other warp counts its pixels
+  bool writes;      // the left input is this thread's to write
+
+  CISC_HD static Column of(const Walk& walk, const Task& task, int lane) {
+    const Axis& axis = walk.columns;
+    Column c{};
+    c.tile = task.tile;
+    const int64_t cell = task.tile * (kLanes - walk.shared) + lane + walk.start;
+    c.cell = static_cast<int>(cell);
+    c.first = static_cast<int>(cell < 0 ? 0 : cell == 0 ? walk.front : axis.first(cell));
+    c.last = static_cast<int>(cell < 0 ? walk.front : axis.first(cell + 1));
+    const int64_t known = cell < axis.n ? cell : axis.n - 1;
+    c.left = static_cast<int>(cell < 0 ? axis.next(0) : known);
+    c.right = static_cast<int>(cell < 0 ? 0 : axis.next(known));
+    c.counts = lane >= walk.shared || cell < 0;
+    c.writes = lane >= walk.shared && cell >= 0 && cell < axis.n;
+    return c;
+  }
+};
+
 // Most pixels of a cell along an axis, those in front of the first input counted with the first cell.
 inline int64_t longest_cell(const Axis& axis, bool align_corners) {
   if (axis.n == 1) return axis.m;
