@@ -334,6 +334,7 @@ DEVICE_CODE = """
 __device__ float select(bool m, float a, float b) { return m ? a : b; }
 __device__ bool less(float a, float b) { return a < b; }
 __device__ bool at_most(float a, float b) { return a <= b; }
+__device__ float quotient(float a, float b) { return a / b; }
 #include "pixel_loss.h"
 #include "upsample.h"
 
