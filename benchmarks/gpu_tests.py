@@ -9,6 +9,7 @@ not ended at the limit is interrupted, which leaves the results until then; that
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import re
 import signal
@@ -35,6 +36,8 @@ def start(words: Sequence[str], shard: int, jobs: int, out: Path) -> subprocess.
             env={**os.environ, "CISC_TESTS_SHARD": f"{shard}/{jobs}", "OMP_NUM_THREADS": "1"},
             stdout=log,
             stderr=subprocess.STDOUT,
+            # What a shell starts in the background ignores it, and so would this.
+            preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler),
         )
 
 
