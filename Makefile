@@ -51,9 +51,9 @@ test: $(BUILT)  ## all tests, in JOBS processes; then those of the CUDA kernels,
 	CISC_SIMT_ORDER=reverse $(PY) -m pytest -n $(JOBS) -q -rfE -k "cpp and (test_implementation or golden)" \
 	    tests/test_ops.py tests/test_golden.py
 
-soak: $(BUILT)  ## 100 000 random calls of the operators under AddressSanitizer and UBSan, 3000 of the CUDA kernels on the CPU
+soak: $(BUILT)  ## 100 000 random calls of the operators under AddressSanitizer and UBSan, 800 of the CUDA kernels on the CPU
 	@$(PY) tests/fuzz.py --cases 100000 --json "$(OUT)/soak.json"
-	$(PY) tests/fuzz.py --simt --cases 3000 --json "$(OUT)/soak_simt.json"
+	$(PY) tests/fuzz.py --simt --cases 800 --json "$(OUT)/soak_simt.json"
 
 lint: $(PACKAGES)  ## style, types and format; changes nothing
 	@$(PY) -m ruff check .
