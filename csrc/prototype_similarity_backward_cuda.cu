@@ -607,7 +607,7 @@ std::tuple<Tensor, Tensor> cuda_backward(const Tensor& grad, const Tensor& query
   const int64_t batch = query.size(0), slots = prototypes.size(1), channels = query.size(1);
   Tensor grad_query = torch::stable::empty_like(query),
          grad_prototypes = torch::stable::empty_like(prototypes);
-  if (grad.numel() == 0 || channels == 0) {
+  if (batch * slots * channels == 0) {
     return {torch::stable::zero_(grad_query), torch::stable::zero_(grad_prototypes)};
   }
   const int64_t pixels = query.size(2) * query.size(3), cells = slots * channels;
@@ -621,7 +621,7 @@ std::tuple<Tensor, Tensor> cuda_backward(const Tensor& grad, const Tensor& query
         planes::in_planes(view) && planes::in_planes(result) && alike<n>(view, result, pixels, channels);
     const bool fused = !in_pixels || (slots == 1 && channels <= kDeep);
     int64_t most = std::clamp<int64_t>(kUnitBytes / (4 * cells), 1, batch);
-    if (!fused) most = std::clamp<int64_t>(kInversePixels / pixels, 1, most);
+    if (!fused) most = std::clamp<int64_t>(kInversePixels / std::max<int64_t>(pixels, 1), 1, most);
     UnitVectors vectors(prototypes, most, false);
     Back b{{channels, slots, pixels, 0, 0, norm_limit(eps), vectors.units},
            planes::planes_of<const float>(grad, grad.const_data_ptr()),
@@ -641,7 +641,10 @@ std::tuple<Tensor, Tensor> cuda_backward(const Tensor& grad, const Tensor& query
     for (int64_t first = 0; first < batch; first += most) {
       const int64_t images = std::min(most, batch - first);
       vectors.make(gpu, first, images, b.problem.eps);
-      if (in_pixels) {
+      // Without pixels there are no chunks to sum: 0, or NaN for a prototype that is not finite.
+      if (pixels == 0) {
+        b.chunks = 0;
+      } else if (in_pixels) {
         launch_backward_pixels<T>(gpu, view, b, images, result);
       } else if (wide) {
         if (slots == 1 && channels <= kDeep) {

@@ -159,3 +159,16 @@ def test_weights_of_a_row_that_do_not_fit_at_once(device: str) -> None:
     want = run(naive.masked_average_pool, exact, ("features",))
     for name, value in got.items():
         assert_close(value.double(), want[name], 1e-6, what=name)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_prototypes_that_are_not_finite_without_pixels(device: str) -> None:
+    prototypes = torch.randn(2, 3, 5)
+    prototypes[0, 1, 2] = torch.nan
+    prototypes[1, 0, 4] = torch.inf
+    _judge("prototype_similarity", {"query": torch.randn(2, 5, 4, 0), "prototypes": prototypes}, device)
+    leaf = prototypes.to(device).requires_grad_()
+    ops.prototype_similarity(torch.randn(2, 5, 4, 0, device=device), leaf, impl="cpp").sum().backward()
+    assert leaf.grad is not None
+    spoilt = ~prototypes.isfinite().all(2, keepdim=True).expand_as(prototypes)
+    assert torch.equal(leaf.grad.cpu().isnan(), spoilt)
