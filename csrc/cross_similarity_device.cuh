@@ -98,6 +98,17 @@ __device__ __forceinline__ float unit_of(float value, float scale, float rest, f
   return fmaf(near, rest, near * low);
 }
 
+// A sum of many terms.
+struct Sum {
+  float value = 0.0f, lost = 0.0f;
+
+  __device__ __forceinline__ void add(float term) {
+    const float rest = term - lost, sum = value + rest;
+    lost = (sum - value) - rest;
+    value = sum;
+  }
+};
+
 // A thread has a pixel.
 __global__ void __launch_bounds__(kThreads) measure_kernel(Side side, int64_t images, double eps) {
   const int64_t number = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;

@@ -14,17 +14,6 @@ namespace {
 constexpr int kSummed = 4;                // channels that a block sums
 constexpr int64_t kTableBytes = 8 << 20;  // of workspace
 
-// A sum of many terms.
-struct Sum {
-  float value = 0.0f, lost = 0.0f;
-
-  __device__ __forceinline__ void add(float term) {
-    const float rest = term - lost, sum = value + rest;
-    lost = (sum - value) - rest;
-    value = sum;
-  }
-};
-
 // Some channels of the table's rows, for some images.
 struct Means {
   Side query, guide;
