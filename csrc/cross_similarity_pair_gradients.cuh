@@ -5,7 +5,7 @@
 // result: 5 times as many as forward for 256 channels, for each side.
 #pragma once
 
-#include "cross_similarity_gradient.cuh"
+#include "cross_similarity_backward.cuh"
 
 namespace cisc::cross_similarity {
 namespace {

@@ -6,7 +6,7 @@
 
 #include <algorithm>
 
-#include "cross_similarity_gradient.cuh"
+#include "cross_similarity_backward.cuh"
 
 namespace cisc::cross_similarity {
 namespace {
