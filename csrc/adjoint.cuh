@@ -148,32 +148,15 @@ struct State {
 };
 constexpr int64_t kStateWords = 3;
 
-// Classes [B,S] int32 or int64.
-struct Classes {
-  const void* data;
-  int64_t slots, stride_b, stride_s;
-  bool wide;
-
-  __device__ __forceinline__ int64_t at(int64_t image, int64_t slot) const {
-    const int64_t offset = image * stride_b + slot * stride_s;
-    return wide ? static_cast<const int64_t*>(data)[offset] : static_cast<const int32_t*>(data)[offset];
+// Whether this thread's share of an image's classes, of a warp's, has one that is neither -1 nor in [0,
+// limit).
+__device__ __forceinline__ bool any_wrong(const Classes& classes, int64_t image, int64_t limit) {
+  bool found = false;
+  for (int64_t s = threadIdx.x % kLanes; s < classes.slots; s += kLanes) {
+    const int64_t one = classes.at(image, s);
+    found = found || one < -1 || one >= limit;
   }
-
-  // Whether the warp has met a class of an image that is neither -1 nor in [0, limit).
-  __device__ __forceinline__ bool wrong(int64_t image, int64_t limit) const {
-    bool found = false;
-    for (int64_t s = threadIdx.x % kLanes; s < slots; s += kLanes) {
-      const int64_t one = at(image, s);
-      found = found || one < -1 || one >= limit;
-    }
-    return found;
-  }
-};
-
-// classes: [B,S] int32 or int64
-inline Classes classes_of(const Tensor& classes) {
-  return {classes.const_data_ptr(), classes.size(1), classes.stride(0), classes.stride(1),
-          classes.scalar_type() == ScalarType::Long};
+  return found;
 }
 
 // What the loss and its gradient are divided by.
@@ -188,7 +171,7 @@ constexpr int kCountPack = 16;
 __global__ void __launch_bounds__(kLanes)
     classes_kernel(Classes classes, int64_t batch, int64_t limit, State* state) {
   for (int64_t image = blockIdx.x; image < batch; image += gridDim.x) {
-    if (classes.wrong(image, limit)) state->wrong = 1;  // whoever writes, the same
+    if (any_wrong(classes, image, limit)) state->wrong = 1;  // whoever writes, the same
   }
 }
 

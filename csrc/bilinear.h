@@ -13,6 +13,9 @@
 
 namespace cisc {
 
+// a / b, rounded up
+CISC_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // An output pixel lies between two input pixels: value = (1 - part/whole) * input[low] + part/whole *
 // input[high]. Integers, so that a sum of weights is exact and in no order. At the last input, high = low and
 // part = 0.

@@ -18,8 +18,6 @@ constexpr int kTile = 64;           // pixels that are compared together
 constexpr int64_t kBlocks = 512;    // at least wanted, several for each multiprocessor of a large GPU
 constexpr int64_t kLeastTiles = 4;  // of the streamed side, that are worth a block
 
-CISC_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 CISC_HD int32_t bin_of(int64_t label) { return static_cast<int32_t>(static_cast<uint64_t>(label) % kBins); }
 
 CISC_HD int64_t chunks_of(int64_t items) { return ceil_div(items, kChunk); }

@@ -71,8 +71,6 @@ struct Plan {
   int64_t thread_bytes;  // workspace of a thread
 };
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // pairs: bfloat16 in pairs of channels; backward: of "softmax"
 inline Plan plan(Shape shape, int64_t channels, int64_t held, int64_t streamed, bool pairs, bool backward,
                  Reduction reduction) {

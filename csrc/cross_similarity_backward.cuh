@@ -39,7 +39,7 @@ __device__ __forceinline__ float through_norm(float sum, float unit, double alon
 
 struct Kernel {
   Side held, streamed;  // `held` is what the gradient goes to
-  Classes classes;
+  SlotClasses classes;
   Gradient grad;
   Target target;
   int64_t images, slots, query_pixels;

@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // A thread has a pixel: 0, or NaN for what is not finite; NaN for all where a class is below -1.
 __global__ void __launch_bounds__(kThreads)
-    clear_kernel(Side side, Classes classes, int64_t images, bool spoil, Target target) {
+    clear_kernel(Side side, SlotClasses classes, int64_t images, bool spoil, Target target) {
   if (spoil && !any_invalid(classes)) return;
   const int64_t number = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (number >= images * side.pixels) return;

@@ -139,7 +139,7 @@ struct Heap {
 
 struct Kernel {
   Side query, guide;
-  Classes classes;
+  SlotClasses classes;
   Schedule schedule;  // of the images whose sides are ready
   int64_t first_unit, units;
   float steepness;
@@ -416,7 +416,7 @@ __global__ void __launch_bounds__(kRowsThreads) meet_own_mean_kernel(Means p, bo
 }
 
 // A class below -1 makes all NaN.
-__global__ void __launch_bounds__(kThreads) spoil_kernel(Classes classes, int64_t count,
+__global__ void __launch_bounds__(kThreads) spoil_kernel(SlotClasses classes, int64_t count,
                                                          // outputs
                                                          float* similarity) {
   if (!any_invalid(classes)) return;

@@ -16,7 +16,6 @@
 namespace cisc::cross_similarity {
 namespace {
 
-using class_sort::ceil_div;
 using class_sort::kBins;
 using class_sort::kChunk;
 using class_sort::kTile;
@@ -209,19 +208,12 @@ void sort_items(const Gpu& gpu, const Bins& bins, int64_t images, int64_t items,
 }
 
 // The classes [B,S] that are asked for; none in own-label mode, where there is one slot.
-struct Classes {
-  bool own, wide;
-  const void* data;
-  int64_t batch, slots, stride_b, stride_s;
-
-  __device__ int64_t at(int64_t b, int64_t slot) const {
-    const int64_t place = b * stride_b + slot * stride_s;
-    return wide ? static_cast<const int64_t*>(data)[place] : static_cast<const int32_t*>(data)[place];
-  }
+struct SlotClasses : Classes {
+  bool own;
 };
 
 // Whether any class is neither -1 nor a class. All threads of a block take part.
-__device__ bool any_invalid(const Classes& classes) {
+__device__ bool any_invalid(const SlotClasses& classes) {
   CISC_SHARED(found, int);
   if (threadIdx.x == 0) found = 0;
   __syncthreads();
@@ -424,20 +416,12 @@ class Pairs {
     at_once_ = std::clamp<int64_t>(kImageBytes / std::max<int64_t>(words(1) * 4, 1), 1,
                                    std::max<int64_t>(in.batch(), 1));
     workspace_ = device_empty(in.query, {words(at_once_)}, ScalarType::Int);
-    classes_.own = own();
-    if (own()) return;
-    const Tensor& classes = *in.classes;
-    classes_.wide = classes.scalar_type() == ScalarType::Long;
-    classes_.data = classes.const_data_ptr();
-    classes_.batch = classes.size(0);
-    classes_.slots = classes.size(1);
-    classes_.stride_b = classes.stride(0);
-    classes_.stride_s = classes.stride(1);
+    classes_ = {own() ? Classes{} : classes_of(*in.classes), own()};
   }
 
   const Side& query() const { return query_; }
   const Side& guide() const { return guide_; }
-  const Classes& classes() const { return classes_; }
+  const SlotClasses& classes() const { return classes_; }
 
   // f(first image, images), with the sides ready
   template <typename Function>
@@ -504,7 +488,7 @@ class Pairs {
   const Gpu& gpu_;
   const Inputs& in_;
   Side query_, guide_;
-  Classes classes_{};
+  SlotClasses classes_{};
   int64_t at_once_ = 1;
   Tensor workspace_;
 };

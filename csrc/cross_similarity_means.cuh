@@ -17,7 +17,7 @@ constexpr int64_t kTableBytes = 8 << 20;  // of workspace
 // Some channels of the table's rows, for some images.
 struct Means {
   Side query, guide;
-  Classes classes;
+  SlotClasses classes;
   int64_t image, images, rows, first_channel, channels;
   int64_t ignore_index;
   float* table;     // [images,rows,channels]; of a class without guide pixels not set
@@ -163,7 +163,7 @@ class MeanTables {
   // f(means, whether it is the first part, whether in the last pass) for each part of the images whose sides
   // are ready: all parts `passes` times, but a single one once, in the last pass.
   template <typename Weights, typename Function>
-  void each(const Side& query, const Side& guide, const Classes& classes, int64_t images, int passes,
+  void each(const Side& query, const Side& guide, const SlotClasses& classes, int64_t images, int passes,
             const Weights& weights, const Function& f) {
     Means p = p_;
     p.query = query;

@@ -291,11 +291,7 @@ class ToGuide {
 // Where values are looked at, on the GPU too.
 void check_winner_values(const Inputs& in, const Tensor& winners) {
   if (!Gpu::checks_values()) return;
-#ifdef CISC_SIMT
-  const Tensor copy = winners;
-#else
-  const Tensor copy = torch::stable::to(winners, torch::stable::Device(torch::headeronly::DeviceType::CPU));
-#endif
+  const Tensor copy = on_cpu(winners);
   check_winners(in, static_cast<const int64_t*>(copy.const_data_ptr()), copy.numel());
 }
 

@@ -15,8 +15,6 @@
 
 namespace cisc {
 
-namespace {
-
 Tensor on_cpu(const Tensor& tensor) {
 #ifdef CISC_SIMT
   return tensor;
@@ -24,8 +22,6 @@ Tensor on_cpu(const Tensor& tensor) {
   return torch::stable::to(tensor, torch::stable::Device(torch::headeronly::DeviceType::CPU));
 #endif
 }
-
-}  // namespace
 
 void check_label_values(const char* op, const Tensor& labels, int64_t num_classes, int64_t ignore_index) {
   if (!Gpu::checks_values()) return;

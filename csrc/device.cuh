@@ -262,6 +262,9 @@ T* data_of(Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
+// A copy on the CPU, for what CISC_CHECK=1 looks at: waits for the GPU.
+Tensor on_cpu(const Tensor& tensor);
+
 // Where Gpu::checks_values(): raise for a label that is neither in [0, num_classes) nor ignore_index.
 void check_label_values(const char* op, const Tensor& labels, int64_t num_classes, int64_t ignore_index);
 

@@ -36,6 +36,18 @@ struct Labels {
   }
 };
 
+// Classes [B,S] read in place.
+struct Classes {
+  bool wide;  // int64, else int32
+  const void* data;
+  int64_t batch, slots, stride_b, stride_s;
+
+  CISC_HD int64_t at(int64_t b, int64_t slot) const {
+    const int64_t offset = b * stride_b + slot * stride_s;
+    return wide ? static_cast<const int64_t*>(data)[offset] : static_cast<const int32_t*>(data)[offset];
+  }
+};
+
 constexpr int32_t kIgnored = -1, kInvalid = -2;  // codes that are no class
 
 // Classes of one image without repetition; a slot is a position among them. Every label has the slot of its

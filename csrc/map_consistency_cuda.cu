@@ -31,7 +31,6 @@ using cells::Adjoint;
 using cells::Axis;
 using cells::Carry;
 using cells::CarryPlan;
-using cells::Classes;
 using cells::Column;
 using cells::Corners;
 using cells::Divisor;
@@ -106,7 +105,8 @@ __global__ void __launch_bounds__(kLanes, kWarps) consistency_kernel(Maps<T> sim
     const T* const image = similarity.data + task.image * similarity.stride_b;
     const Column column = Column::of(walk, task, static_cast<int>(threadIdx.x));
     const int pieces_x = cells::pieces_of_warp<n>(column);
-    if (task.tile == 0 && task.begin == 0) wrong = p.classes.wrong(task.image, INT64_MAX) || wrong;
+    if (task.tile == 0 && task.begin == 0)
+      wrong = cells::any_wrong(p.classes, task.image, INT64_MAX) || wrong;
     int valid = 0;
     for (int64_t slot = 0; slot < p.maps; ++slot) valid += p.classes.at(task.image, slot) >= 0;
     const float share = 1.0f / static_cast<float>(valid > 0 ? valid : 1);
@@ -202,8 +202,8 @@ std::tuple<Tensor, Tensor> cuda_forward(const Tensor& similarity, const Tensor& 
   auto* const shared = static_cast<State*>(state.mutable_data_ptr());
   if (empty) {
     Tensor grad = gradient_like(similarity, need_grad);
-    gpu.launch(cells::classes_kernel, std::min<int64_t>(batch, 1024), kLanes, 0, cells::classes_of(classes),
-               batch, INT64_MAX, shared);
+    gpu.launch(cells::classes_kernel, std::min<int64_t>(batch, 1024), kLanes, 0, classes_of(classes), batch,
+               INT64_MAX, shared);
     cells::launch_finish(gpu, nullptr, 0, shared, Divisor::given, 1.0, false, data_of<float>(loss),
                          data_of<float>(grad), grad.numel());
     return {loss, grad};
@@ -224,7 +224,7 @@ std::tuple<Tensor, Tensor> cuda_forward(const Tensor& similarity, const Tensor& 
                       maps,
                       read_labels(labels),
                       ignore_index,
-                      cells::classes_of(classes),
+                      classes_of(classes),
                       plan.workspace > 0 ? data_of<float>(carry) : nullptr,
                       shared,
                       data_of<double>(partial),

@@ -140,7 +140,7 @@ Tensor cuda_backward(const Tensor& grad, const Tensor& labels, const Tensor& cla
   Gatherer gatherer(gpu, labels, classes, h, w);
   Scatter p{{},
             channels,
-            over(channels, kDeep),
+            ceil_div(channels, kDeep),
             0,
             h * w,
             static_cast<const float*>(grad.const_data_ptr()),
@@ -159,7 +159,7 @@ Tensor cuda_backward(const Tensor& grad, const Tensor& labels, const Tensor& cla
       if (end > begin + 1) p.weights = gatherer.of(pieces[i], false);
       with_float(float_kind(dtype), [&](auto type) {
         using T = decltype(type);
-        p.windows = over(pieces[i].pixels(), kWarp * kWide<T>);
+        p.windows = ceil_div(pieces[i].pixels(), kWarp * kWide<T>);
         const int64_t blocks = pieces[i].images * p.windows * p.deep_blocks;
         T* to = static_cast<T*>(gradient.mutable_data_ptr());
         if (slots == 1) {

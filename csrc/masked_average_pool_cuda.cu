@@ -305,14 +305,14 @@ void pool_of(const Gpu& gpu, const Planes<const T>& features, int64_t most_chunk
   const int64_t pixels = p.weights.piece.pixels(), slots = std::min<int64_t>(p.slots, kSlots);
   const int64_t beside = p.weights.piece.images * p.groups * p.deep_blocks;
   const bool in_pixels = planes::in_pixels(features, p.channels), wide = planes::in_planes(features);
-  const int64_t steps = over(pixels, in_pixels ? kInFlight : kWarp * (wide ? kWide<T> : 1));
+  const int64_t steps = ceil_div(pixels, in_pixels ? kInFlight : kWarp * (wide ? kWide<T> : 1));
   int64_t lanes = 0, teams = 1;
   if (in_pixels) {
-    lanes = over(std::min<int64_t>(p.channels, kDeep), kWide<T> * kWarp) * kWarp;
+    lanes = ceil_div(std::min<int64_t>(p.channels, kDeep), kWide<T> * kWarp) * kWarp;
     teams = std::clamp<int64_t>(kPixelShared / (slots * lanes * kWide<T> * 4), 1, kThreads / lanes);
   }
-  p.steps = std::max(over(steps, most_chunks), teams);
-  p.chunks = over(steps, p.steps);
+  p.steps = std::max(ceil_div(steps, most_chunks), teams);
+  p.chunks = ceil_div(steps, p.steps);
   const int64_t blocks = beside * p.chunks;
   if (in_pixels) {
     gpu.launch(pool_pixels_kernel<T, one>, blocks, static_cast<int>(teams * lanes),
@@ -332,9 +332,10 @@ struct Share {
     const int64_t row = piece.images * channels * 4;  // bytes
     Share share;
     share.slots = std::min(slots, std::max<int64_t>(kPartialBytes / row / kSlots, 1) * kSlots);
-    const int64_t beside = piece.images * over(share.slots, kSlots) * over(channels, kDeep);
-    share.chunks = std::clamp<int64_t>(std::min(kPartialBytes / (row * share.slots), over(kBlocks, beside)),
-                                       1, over(piece.pixels(), kInFlight));
+    const int64_t beside = piece.images * ceil_div(share.slots, kSlots) * ceil_div(channels, kDeep);
+    share.chunks =
+        std::clamp<int64_t>(std::min(kPartialBytes / (row * share.slots), ceil_div(kBlocks, beside)), 1,
+                            ceil_div(piece.pixels(), kInFlight));
     return share;
   }
 };
@@ -365,13 +366,14 @@ Tensor cuda_forward(const Tensor& features, const Tensor& labels, const Tensor& 
   Tensor partial = device_empty(features, {floats}, ScalarType::Float);
   const int64_t area = features.size(2) * features.size(3);
   for (const Piece& piece : gatherer.pieces) {
-    Pool p{gatherer.of(piece, true), channels, over(channels, kDeep), 0, 0, 0, 0, 0, data_of<float>(partial)};
+    Pool p{gatherer.of(piece, true), channels, ceil_div(channels, kDeep), 0, 0, 0, 0, 0,
+           data_of<float>(partial)};
     const Share share = Share::of(piece, slots, channels);
     const bool first = piece.row == 0 && piece.column == 0;
     const bool last = (piece.row + piece.rows - 1) * features.size(3) + piece.column + piece.columns == area;
     for (; p.first_slot < slots; p.first_slot += share.slots) {
       p.slots = std::min(share.slots, slots - p.first_slot);
-      p.groups = over(p.slots, kSlots);
+      p.groups = ceil_div(p.slots, kSlots);
       with_float(float_kind(features.scalar_type()), [&](auto type) {
         using T = decltype(type);
         const auto view = planes::planes_of<const T>(features, features.const_data_ptr());
@@ -384,7 +386,7 @@ Tensor cuda_forward(const Tensor& features, const Tensor& labels, const Tensor& 
       const Finish f{p,
                      piece.image,
                      slots,
-                     over(channels, kFinishChannels),
+                     ceil_div(channels, kFinishChannels),
                      first,
                      last,
                      gatherer.geometry.unit(),

@@ -57,24 +57,9 @@ struct Weights {
   }
 };
 
-// a / b, rounded up
-constexpr int64_t over(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 struct Geometry {
   int64_t batch, h, w, height, width;  // features, labels
   double unit() const { return 1.0 / (4.0 * static_cast<double>(height) * static_cast<double>(width)); }
-};
-
-// classes: [B,S] int32 or int64 in place
-struct Classes {
-  const void* data;
-  int64_t stride_b, stride_s;
-  bool is_long;
-
-  __device__ __forceinline__ int64_t at(int64_t image, int64_t slot) const {
-    const int64_t offset = image * stride_b + slot * stride_s;
-    return is_long ? static_cast<const int64_t*>(data)[offset] : static_cast<const int32_t*>(data)[offset];
-  }
 };
 
 struct Gather {

@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(I) == 4 ? 3 : 2) weights_kern
 
 // Pixels of a segment, a power of two: as many as their labels' columns, and one pixel's on either side, fit.
 int64_t segment_pixels(const Geometry& g) {
-  const int64_t ratio = (g.width + g.w - 1) / g.w;
+  const int64_t ratio = ceil_div(g.width, g.w);
   int64_t each = kWarp;
   while (each > 1 && (each + 1) * ratio > kLabelColumns) each /= 2;
   return each;
@@ -184,8 +184,8 @@ std::vector<Piece> pieces_of(const Geometry& g, int64_t slots, int64_t most_imag
   const int64_t most = std::max<int64_t>(kWeightBytes / (5 * slots), 1), area = g.h * g.w;
   std::vector<Piece> pieces;
   if (area <= most) {
-    const int64_t launches = (g.batch * area + most - 1) / most;
-    const int64_t evenly = (g.batch + launches - 1) / launches;
+    const int64_t launches = ceil_div(g.batch * area, most);
+    const int64_t evenly = ceil_div(g.batch, launches);
     const int64_t images = std::max<int64_t>(std::min({evenly, most / area, most_images}), 1);
     for (int64_t b = 0; b < g.batch; b += images) {
       pieces.push_back({b, std::min(images, g.batch - b), 0, g.h, 0, g.w});
@@ -215,9 +215,9 @@ Gatherer::Gatherer(const Gpu& gpu, const Tensor& labels, const Tensor& classes, 
   int64_t most = 0, most_segments = 0;
   for (const Piece& piece : pieces) {
     most = std::max(most, piece.images * piece.pixels());
-    most_segments = std::max(most_segments, piece.images * piece.rows * ((piece.columns + each - 1) / each));
+    most_segments = std::max(most_segments, piece.images * piece.rows * ceil_div(piece.columns, each));
   }
-  const int64_t words = (slots + kSlots - 1) / kSlots;
+  const int64_t words = ceil_div(slots, kSlots);
   weight_ = device_empty(labels, {most * slots}, ScalarType::Float);
   present_ = device_empty(labels, {slots > 1 ? most_segments * words : 0}, ScalarType::Int);
   totals_ = device_zeros(labels, {geometry.batch * slots + 1}, ScalarType::Long);
@@ -229,20 +229,19 @@ Gatherer::Gatherer(const Gpu& gpu, const Tensor& labels, const Tensor& classes, 
         view.stride_b,
         view.stride_y,
         view.stride_x,
-        {classes.const_data_ptr(), classes.stride(0), classes.stride(1),
-         classes.scalar_type() == ScalarType::Long},
+        classes_of(classes),
         0,
         1,
         false,
         geometry.unit(),
         data_of<unsigned long long>(totals_),
         reinterpret_cast<int*>(data_of<int64_t>(totals_) + geometry.batch * slots)};
-  if ((2 * geometry.height + h - 1) / h > kManyRows) p_.shared_by = kWarps;
+  if (ceil_div(2 * geometry.height, h) > kManyRows) p_.shared_by = kWarps;
 }
 
 template <typename L>
 Weights Gatherer::launch(bool wide) {
-  const int64_t blocks = p_.shared_by > 1 ? p_.tasks : (p_.tasks + kWarps - 1) / kWarps;
+  const int64_t blocks = p_.shared_by > 1 ? p_.tasks : ceil_div(p_.tasks, kWarps);
   if (wide) {
     gpu_.launch(weights_kernel<L, int64_t>, blocks, kThreads, 0, p_);
   } else {
@@ -253,7 +252,7 @@ Weights Gatherer::launch(bool wide) {
 
 Weights Gatherer::of(const Piece& piece, bool count) {
   p_.weights.piece = piece;
-  p_.weights.segments = (piece.columns + p_.weights.each - 1) / p_.weights.each;
+  p_.weights.segments = ceil_div(piece.columns, p_.weights.each);
   p_.tasks = piece.images * piece.rows * p_.weights.segments;
   p_.count = count;
   const Geometry& g = geometry;

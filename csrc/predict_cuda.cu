@@ -189,15 +189,14 @@ std::tuple<Tensor, Tensor> cuda_forward(const Tensor& logits, int64_t height, in
                  labels.has_value() ? data_of<unsigned long long>(confusion) : nullptr,
                  data_of<int>(invalid)};
   const bool shared_counts = matrix > 0 && matrix <= kMostCells;
-  const int64_t blocks = std::min((p.cells + kThreads - 1) / kThreads, gpu.multiprocessors() * kBlocksPerSm);
+  const int64_t blocks = std::min(ceil_div(p.cells, kThreads), gpu.multiprocessors() * kBlocksPerSm);
   with_float(float_kind(logits.scalar_type()), [&](auto type) {
     using T = decltype(type);
     gpu.launch(predict_kernel<T>, blocks, kThreads, shared_counts ? 4 * matrix : 0, cells::maps_of<T>(logits),
                p, shared_counts);
   });
   if (labels.has_value()) {
-    const int64_t filling =
-        std::min((classes.numel() + kFillThreads - 1) / kFillThreads, gpu.multiprocessors() * 2);
+    const int64_t filling = std::min(ceil_div(classes.numel(), kFillThreads), gpu.multiprocessors() * 2);
     gpu.launch(spoil_kernel, filling, kFillThreads, 0, static_cast<const int*>(p.invalid), classes.numel(),
                matrix, p.classes, p.confusion);
   }

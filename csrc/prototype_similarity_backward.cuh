@@ -33,8 +33,8 @@ struct Back {
 // Chunks of an image, of so many tiles each: as many in a launch with fewer images, or there would not be
 // memory for them.
 void cut(Back& b, int64_t beside = 1) {
-  b.steps = over(b.problem.tiles, std::min(b.most_chunks, over(kBlocks, b.most * beside)));
-  b.chunks = over(b.problem.tiles, b.steps);
+  b.steps = ceil_div(b.problem.tiles, std::min(b.most_chunks, ceil_div(kBlocks, b.most * beside)));
+  b.chunks = ceil_div(b.problem.tiles, b.steps);
   check(b.chunks <= b.most_chunks, kBackward, "there is no memory for the sums of ", b.chunks, " chunks");
 }
 

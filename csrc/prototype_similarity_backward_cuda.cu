@@ -103,7 +103,7 @@ std::tuple<Tensor, Tensor> cuda_backward(const Tensor& grad, const Tensor& query
     Back b{{channels, slots, pixels, 0, 0, norm_limit(eps), vectors.units},
            planes::planes_of<const float>(grad, grad.const_data_ptr()),
            most,
-           std::clamp<int64_t>(kPartialBytes / (4 * most * cells), 1, over(kBlocks, most)),
+           std::clamp<int64_t>(kPartialBytes / (4 * most * cells), 1, ceil_div(kBlocks, most)),
            0,
            0,
            false,

@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(kThreads, 2) gradient_kernel(Planes<const T> q
   CISC_SHARED(memory, Pack<float, 4>[kWarps][kWarp * n / 4]);
   const Problem& p = b.problem;
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int64_t groups = over(p.slots, kGathered<T>), deep_blocks = over(p.channels, kWarp * n);
+  const int64_t groups = ceil_div(p.slots, kGathered<T>), deep_blocks = ceil_div(p.channels, kWarp * n);
   int64_t block = blockIdx.x;
   const int64_t first_slot = block % groups * kGathered<T>;
   block /= groups;
@@ -210,7 +210,7 @@ void launch_backward_pixels(const Gpu& gpu, const Planes<const T>& query, Back& 
   Problem& p = b.problem;
   constexpr int together = 8 / (kDeep / (kWarp * kWide<T>));
   p.tile = kWarps * together;
-  p.tiles = over(p.pixels, p.tile);
+  p.tiles = ceil_div(p.pixels, p.tile);
   cut(b);
   if (b.inverse == nullptr) {
     gpu.launch(backward_pixels_kernel<T, true>, images * b.chunks, kThreads, 0, query, b, grad_query);
@@ -218,14 +218,14 @@ void launch_backward_pixels(const Gpu& gpu, const Planes<const T>& query, Back& 
   }
   // Whole images, or of a large one as many rows or as much of a row as there is memory for.
   const int64_t width = query.width, height = p.pixels / width,
-                beside = over(p.slots, kGathered<T>) * over(p.channels, kWarp * kWide<T>);
+                beside = ceil_div(p.slots, kGathered<T>) * ceil_div(p.channels, kWarp * kWide<T>);
   const int64_t columns = std::min(width, kInversePixels);
   const int64_t rows = std::min(height, std::max<int64_t>(kInversePixels / columns, 1));
   for (int64_t y = 0; y < height; y += rows) {
     for (int64_t x = 0; x < width; x += columns) {
       Back part = b;
       part.problem.pixels = std::min(rows, height - y) * std::min(columns, width - x);
-      part.problem.tiles = over(part.problem.pixels, p.tile);
+      part.problem.tiles = ceil_div(part.problem.pixels, p.tile);
       part.grad.data += y * b.grad.stride_y + x * b.grad.stride_x;
       Planes<const T> from = query;
       from.data += y * query.stride_y + x * query.stride_x;
@@ -236,7 +236,7 @@ void launch_backward_pixels(const Gpu& gpu, const Planes<const T>& query, Back& 
       part.adds = y + x > 0;
       if (part.adds) {
         part.steps = b.steps;
-        part.chunks = over(part.problem.tiles, b.steps);
+        part.chunks = ceil_div(part.problem.tiles, b.steps);
       } else {
         cut(part, beside);
         b.steps = part.steps;

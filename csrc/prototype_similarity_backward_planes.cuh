@@ -253,7 +253,7 @@ void launch_backward_planes(const Gpu& gpu, const Planes<const T>& query, Back& 
                             const Planes<T>& grad_query) {
   Problem& p = b.problem;
   p.tile = n * (n == 1 || starts_aligned<n>(query) ? kHalf : kHalf - 2);
-  p.tiles = over(p.pixels, p.tile);
+  p.tiles = ceil_div(p.pixels, p.tile);
   cut(b);
   const int64_t bytes = 4 * p.slots * p.channels;
   b.shared_sums = bytes <= kSharedSums;

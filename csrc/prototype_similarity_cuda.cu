@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kThreads, most_slots > 1 ? 2 : 3)
   };
   CISC_SHARED(memory, Memory);
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int64_t groups = over(p.slots, most_slots);
+  const int64_t groups = ceil_div(p.slots, most_slots);
   const int64_t first_slot = blockIdx.x % groups * most_slots, tile = blockIdx.x / groups % p.tiles;
   const int64_t image = blockIdx.x / groups / p.tiles;
   const I first_pixel = static_cast<I>(tile * p.tile), pixels = static_cast<I>(p.pixels);
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     forward_pixels_kernel(Planes<const T> query, Problem p, float* similarity) {
   constexpr int n = kWide<T>;
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int64_t groups = over(p.slots, most_slots);
+  const int64_t groups = ceil_div(p.slots, most_slots);
   const int64_t first_slot = blockIdx.x % groups * most_slots, tile = blockIdx.x / groups % p.tiles;
   const int64_t image = blockIdx.x / groups / p.tiles, pixel = tile * p.tile + warp * together;
   if (pixel >= p.pixels) return;
@@ -166,17 +166,17 @@ template <typename T, int n, int most_slots>
 void launch_forward_planes(const Gpu& gpu, const Planes<const T>& query, Problem p, int64_t images,
                            float* similarity) {
   p.tile = n * (n == 1 || starts_aligned<n>(query) ? kWarp : kWarp - 1);
-  p.tiles = over(p.pixels, p.tile);
-  gpu.launch(forward_planes_kernel<T, n, most_slots>, images * p.tiles * over(p.slots, most_slots), kThreads,
-             0, query, p, similarity);
+  p.tiles = ceil_div(p.pixels, p.tile);
+  gpu.launch(forward_planes_kernel<T, n, most_slots>, images * p.tiles * ceil_div(p.slots, most_slots),
+             kThreads, 0, query, p, similarity);
 }
 
 template <typename T, int most_slots, int together>
 void launch_forward_pixels(const Gpu& gpu, const Planes<const T>& query, Problem p, int64_t images,
                            float* similarity) {
   p.tile = kWarps * together;
-  p.tiles = over(p.pixels, p.tile);
-  gpu.launch(forward_pixels_kernel<T, most_slots, together>, images * p.tiles * over(p.slots, most_slots),
+  p.tiles = ceil_div(p.pixels, p.tile);
+  gpu.launch(forward_pixels_kernel<T, most_slots, together>, images * p.tiles * ceil_div(p.slots, most_slots),
              kThreads, 0, query, p, similarity);
 }
 

@@ -26,9 +26,6 @@ constexpr int64_t kUnitBytes = 16 << 20;
 #endif
 constexpr int64_t kNarrow = 1 << 30;  // pixels and channels that 32 bits count
 
-// a / b, rounded up
-constexpr int64_t over(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // 1 / norm; 0 where the norm is below eps; NaN stays NaN
 __device__ __forceinline__ float inverse_norm(float square, float eps) {
   const float norm = __fsqrt_rn(square);
@@ -128,7 +125,7 @@ class UnitVectors {
   // transposed: [images,C,S or more], else [images,S,C]
   UnitVectors(const Tensor& prototypes, int64_t images, bool transposed) : prototypes_(prototypes) {
     const int64_t slots = prototypes.size(1), channels = prototypes.size(2);
-    places_ = transposed && slots > 1 ? over(slots, 4) * 4 : slots;
+    places_ = transposed && slots > 1 ? ceil_div(slots, 4) * 4 : slots;
     memory_ = device_empty(prototypes, {images * places_ * channels}, ScalarType::Float);
     inverse_ = device_empty(prototypes, {images * slots}, ScalarType::Float);
     units = {data_of<float>(memory_), places_ * channels, transposed ? 1 : channels, transposed ? places_ : 1,
@@ -142,7 +139,7 @@ class UnitVectors {
       const Vectors<const T> vectors{
           static_cast<const T*>(prototypes_.const_data_ptr()) + first * prototypes_.stride(0),
           prototypes_.stride(0), prototypes_.stride(1), prototypes_.stride(2)};
-      gpu.launch(units_kernel<T>, over(images * places_, kWarps), kThreads, 0, vectors, images * places_,
+      gpu.launch(units_kernel<T>, ceil_div(images * places_, kWarps), kThreads, 0, vectors, images * places_,
                  slots, places_, channels, eps, units);
     });
   }

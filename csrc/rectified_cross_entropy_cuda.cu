@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kLanes, kWarps) cross_entropy_kernel(Maps<T> l
     const Column column = Column::of(walk, task, static_cast<int>(threadIdx.x));
     const int pieces_x = cells::pieces_of_warp<n>(column);
     if (p.classes.data != nullptr && task.tile == 0 && task.begin == 0) {
-      wrong = p.classes.wrong(task.image, p.planes) || wrong;
+      wrong = cells::any_wrong(p.classes, task.image, p.planes) || wrong;
     }
     double total = 0.0;
     bool before = false, fine = true;
@@ -206,7 +206,7 @@ class Solver {
                      Axis::of(similarity->size(2), height, false),
                      Axis::of(similarity->size(3), width, false)};
     }
-    if (classes.has_value()) kernel.classes = cells::classes_of(*classes);
+    if (classes.has_value()) kernel.classes = classes_of(*classes);
     kernel.state = static_cast<State*>(state.mutable_data_ptr());
     kernel.divisor = 1.0;
   }

@@ -13,7 +13,6 @@ using cells::Adjoint;
 using cells::Axis;
 using cells::Carry;
 using cells::CarryPlan;
-using cells::Classes;
 using cells::Column;
 using cells::Corners;
 using cells::Divisor;

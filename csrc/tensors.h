@@ -53,16 +53,23 @@ inline Labels read_labels(const Tensor& labels) {
   return {kind, labels.const_data_ptr(), labels.stride(0), labels.stride(1), labels.stride(2)};
 }
 
+// classes: [B,S] int32 or int64, any strides
+inline Classes classes_of(const Tensor& classes) {
+  return {classes.scalar_type() == ScalarType::Long,
+          classes.const_data_ptr(),
+          classes.size(0),
+          classes.size(1),
+          classes.stride(0),
+          classes.stride(1)};
+}
+
 // One image's row of classes [B,S] int32 or int64, each at least -1 and below `limit`.
 inline std::vector<int64_t> read_classes(const char* op, const Tensor& classes, int64_t image,
                                          int64_t limit = INT64_MAX) {
   std::vector<int64_t> row;
-  const int64_t offset = image * classes.stride(0), stride = classes.stride(1);
-  for (int64_t s = 0; s < classes.size(1); ++s) {
-    const int64_t at = offset + s * stride;
-    row.push_back(classes.scalar_type() == ScalarType::Int
-                      ? static_cast<const int32_t*>(classes.const_data_ptr())[at]
-                      : static_cast<const int64_t*>(classes.const_data_ptr())[at]);
+  const Classes view = classes_of(classes);
+  for (int64_t s = 0; s < view.slots; ++s) {
+    row.push_back(view.at(image, s));
     if (row.back() >= -1 && row.back() < limit) continue;
     const std::string wanted = limit == INT64_MAX ? "a class" : "in [0, " + std::to_string(limit) + ")";
     fail(op, "classes must be -1 or ", wanted, ", got ", row.back(), " at [", image, ",", s, "]");

@@ -80,7 +80,7 @@ struct Column {
 // Most pixels of a cell along an axis, those in front of the first input counted with the first cell.
 inline int64_t longest_cell(const Axis& axis, bool align_corners) {
   if (axis.n == 1) return axis.m;
-  if (align_corners) return (axis.whole + axis.step - 1) / axis.step;
+  if (align_corners) return ceil_div(axis.whole, axis.step);
   return (3 * axis.m + 2 * axis.n - 1) / (2 * axis.n) + 1;
 }
 
@@ -94,19 +94,19 @@ inline bool exceeds(const Axis& rows, const Axis& columns, int64_t most) {
 inline Walk walk_of(const Axis& rows, const Axis& columns, bool align_corners, int64_t batch, bool gradient,
                     int piece, int64_t multiprocessors, int64_t enough) {
   Walk walk{rows, columns, batch, 0, 0, 0, 0, 0, 0, 0, 0, false};
-  walk.front = columns.shift < 0 ? (-columns.shift + columns.step - 1) / columns.step : 0;
+  walk.front = columns.shift < 0 ? ceil_div(-columns.shift, columns.step) : 0;
   walk.shared = gradient ? 1 : 0;
   walk.start = gradient || walk.front > 0 ? -1 : 0;
   const int64_t cells = gradient ? columns.n : columns.n - walk.start, width = kLanes - walk.shared;
-  walk.tiles = (cells + width - 1) / width;
+  walk.tiles = ceil_div(cells, width);
   const int64_t room = std::max<int64_t>(kPartials / (batch * walk.tiles), 1);
-  walk.unit = (rows.n + room - 1) / room;
-  walk.units = (rows.n + walk.unit - 1) / walk.unit;
+  walk.unit = ceil_div(rows.n, room);
+  walk.units = ceil_div(rows.n, walk.unit);
   walk.whole = longest_cell(rows, align_corners) <= piece && longest_cell(columns, align_corners) <= piece;
   double least = 0.0;
   for (int64_t units = 1; units <= walk.units && (units == 1 || units * walk.unit <= kMostBand); ++units) {
-    const int64_t bands = (walk.units + units - 1) / units, warps = batch * walk.tiles * bands;
-    const int64_t each = std::max((warps + multiprocessors - 1) / multiprocessors, enough);
+    const int64_t bands = ceil_div(walk.units, units), warps = batch * walk.tiles * bands;
+    const int64_t each = std::max(ceil_div(warps, multiprocessors), enough);
     const double cost = static_cast<double>(each) * static_cast<double>(units * walk.unit + walk.shared);
     if (units > 1 && cost >= least) continue;
     least = cost;
