@@ -85,6 +85,16 @@ inline void check_features(const char* op, const char* name, ScalarType dtype) {
               "float32, bfloat16 or float16");
 }
 
+// What comes back to a result of float32 and this size.
+inline void check_grad(const char* op, const Tensor& grad, std::initializer_list<int64_t> size,
+                       const char* shape, Place place) {
+  check_rank(op, "grad", grad, static_cast<int64_t>(size.size()), shape);
+  check_dtype(op, "grad", grad.scalar_type(), {ScalarType::Float}, "float32");
+  check_place(op, "grad", grad, place);
+  int64_t dim = 0;
+  for (const int64_t expected : size) check_size(op, "grad", grad, dim++, expected, shape);
+}
+
 inline void check_labels(const char* op, const Tensor& labels, const char* name = "labels",
                          Place place = Place::cpu) {
   check_rank(op, name, labels, 3, "[B,H,W]");

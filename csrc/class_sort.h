@@ -13,9 +13,9 @@
 namespace cisc::class_sort {
 
 constexpr int kBins = 256;
-constexpr int kChunk = 1024;        // items
-constexpr int kTile = 64;           // pixels that are compared together
-constexpr int64_t kBlocks = 512;    // at least wanted, several for each multiprocessor of a large GPU
+constexpr int kChunk = 1024;      // items
+constexpr int kTile = 64;         // pixels that are compared together
+constexpr int64_t kBlocks = 512;  // that a launch should have: several for each multiprocessor of a large GPU
 constexpr int64_t kLeastTiles = 4;  // of the streamed side, that are worth a block
 
 CISC_HD int32_t bin_of(int64_t label) { return static_cast<int32_t>(static_cast<uint64_t>(label) % kBins); }

@@ -220,20 +220,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_op(const Tensor& query, const Tensor&
   const Inputs in{query, guide, guide_labels, classes, query_labels, settings, kForward};
   check_inputs(in, Place::cpu);
   const bool topk = settings.reduction == Reduction::topk, softmax = settings.reduction == Reduction::softmax;
-  const bool indexed = return_index || settings.reduction == Reduction::max;
-  const std::vector<int64_t> shape{in.batch(), in.slots(), query.size(2), query.size(3)}, none{0};
-  std::vector<int64_t> of_saved = softmax ? shape : none;
-  if (topk) {
-    of_saved = shape;
-    of_saved.push_back(in.winners());
-  }
-  const auto filled = [&](const std::vector<int64_t>& size, ScalarType dtype, double value) {
-    Tensor tensor = torch::stable::new_empty(query, {size.data(), size.size()}, dtype);
-    return torch::stable::fill_(tensor, value);
-  };
-  Tensor similarity = filled(shape, ScalarType::Float, 0.0);
-  Tensor index = filled(indexed ? shape : none, ScalarType::Long, -1.0);
-  Tensor saved = filled(of_saved, topk ? ScalarType::Long : ScalarType::Float, topk ? -1.0 : -INFINITY);
+  auto [similarity, index, saved, indexed] = Results::of(in, return_index);
   const Outputs out{static_cast<float*>(similarity.mutable_data_ptr()),
                     indexed ? static_cast<int64_t*>(index.mutable_data_ptr()) : nullptr,
                     topk ? static_cast<int64_t*>(saved.mutable_data_ptr()) : nullptr,

@@ -1,7 +1,10 @@
 // What cross_similarity and its backward are called with.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
+
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <optional>
 #include <string>
@@ -120,11 +123,8 @@ inline void check_backward(const Inputs& in, const Tensor& grad, const Tensor& s
                            const Tensor& index, const Tensor& saved, Place place) {
   check_inputs(in, place);
   const std::vector<int64_t> shape = in.shape();
-  check_rank(kBackward, "grad", grad, 4, "[B,S,h,w]");
-  check_dtype(kBackward, "grad", grad.scalar_type(), {ScalarType::Float}, "float32");
-  check_place(kBackward, "grad", grad, place);
-  for (int64_t d = 0; d < 4; ++d)
-    check_size(kBackward, "grad", grad, d, shape[static_cast<size_t>(d)], "[B,S,h,w]");
+  check_grad(kBackward, grad, {in.batch(), in.slots(), in.query.size(2), in.query.size(3)}, "[B,S,h,w]",
+             place);
   if (in.settings.reduction == Reduction::max) {
     check_saved("index", index, shape, ScalarType::Long, place);
   } else if (in.settings.reduction == Reduction::topk) {
@@ -136,6 +136,29 @@ inline void check_backward(const Inputs& in, const Tensor& grad, const Tensor& s
     check_saved("saved", saved, shape, ScalarType::Float, place);
   }
 }
+
+// What forward gives, of what nothing is compared with.
+struct Results {
+  Tensor similarity, index, saved;
+  bool indexed;
+
+  static Results of(const Inputs& in, bool return_index) {
+    const bool topk = in.settings.reduction == Reduction::topk;
+    const bool indexed = return_index || in.settings.reduction == Reduction::max;
+    const std::vector<int64_t> shape = in.shape(), none{0};
+    std::vector<int64_t> of_saved = in.settings.reduction == Reduction::softmax ? shape : none;
+    if (topk) {
+      of_saved = shape;
+      of_saved.push_back(in.winners());
+    }
+    const auto filled = [&](const std::vector<int64_t>& size, ScalarType dtype, double value) {
+      Tensor tensor = torch::stable::new_empty(in.query, {size.data(), size.size()}, dtype);
+      return torch::stable::fill_(tensor, value);
+    };
+    return {filled(shape, ScalarType::Float, 0.0), filled(indexed ? shape : none, ScalarType::Long, -1.0),
+            filled(of_saved, topk ? ScalarType::Long : ScalarType::Float, topk ? -1.0 : -INFINITY), indexed};
+  }
+};
 
 // winners: `count` of them, on the CPU
 inline void check_winners(const Inputs& in, const int64_t* winners, int64_t count) {

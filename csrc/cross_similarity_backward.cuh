@@ -8,7 +8,7 @@ namespace {
 
 // grad: [B,S,h,w] float32, any strides
 struct Gradient {
-  static constexpr bool of_query = true;
+  static constexpr bool of_query = true;  // it weights pixels of the query (sum_members_kernel)
   const float* data;
   int64_t stride_b, stride_s, stride_y, stride_x, width;
 

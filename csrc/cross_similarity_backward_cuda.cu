@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kThreads)
 // A thread has a pixel: 0, or NaN for what is not finite; NaN for all where a class is below -1.
 __global__ void __launch_bounds__(kThreads)
     clear_kernel(Side side, SlotClasses classes, int64_t images, bool spoil, Target target) {
-  if (spoil && !any_invalid(classes)) return;
+  if (spoil && !any_below_none<kThreads>(classes)) return;
   const int64_t number = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (number >= images * side.pixels) return;
   const int64_t to = target.offset(side.first + number / side.pixels, number % side.pixels);
@@ -185,7 +185,7 @@ std::tuple<Tensor, Tensor> cuda_backward(const Tensor& grad, const Tensor& simil
                                    : pair_gradient_kernel<false, false>;
     gpu.launch(kernel, blocks, kThreads, 0, p);
   };
-  pairs.each([&](int64_t, int64_t images) {
+  pairs.each([&](int64_t images) {
     p.images = images;
     if (need_query) {
       p.held = pairs.query();
@@ -221,5 +221,7 @@ std::tuple<Tensor, Tensor> cuda_backward(const Tensor& grad, const Tensor& simil
 
 }  // namespace
 }  // namespace cisc::cross_similarity
+
+CISC_DEFINE(cisc::cross_similarity::kBackwardSchema)
 
 CISC_REGISTER(m) { m.impl("cross_similarity_backward", TORCH_BOX(&cisc::cross_similarity::cuda_backward)); }

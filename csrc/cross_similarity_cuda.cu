@@ -415,17 +415,6 @@ __global__ void __launch_bounds__(kRowsThreads) meet_own_mean_kernel(Means p, bo
   to = begins ? sum : to + sum;
 }
 
-// A class below -1 makes all NaN.
-__global__ void __launch_bounds__(kThreads) spoil_kernel(SlotClasses classes, int64_t count,
-                                                         // outputs
-                                                         float* similarity) {
-  if (!any_invalid(classes)) return;
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count; i += stride) {
-    similarity[i] = kNan;
-  }
-}
-
 template <Reduction reduction>
 void run_compare(const Gpu& gpu, Pairs& pairs, const Inputs& in, Kernel p) {
   const int64_t result_bytes = sizeof(State) + (p.shared_winners ? 8 * p.k : 0);
@@ -435,7 +424,7 @@ void run_compare(const Gpu& gpu, Pairs& pairs, const Inputs& in, Kernel p) {
   p.states = reinterpret_cast<State*>(data_of<int64_t>(workspace));
   p.winners = data_of<int64_t>(workspace) + results * static_cast<int64_t>(sizeof(State)) / 8;
   const int64_t shared = p.shared_winners ? 8 * p.k * kTile : 0;
-  pairs.each([&](int64_t, int64_t images) {
+  pairs.each([&](int64_t images) {
     p.query = pairs.query();
     p.guide = pairs.guide();
     p.schedule.images = images;
@@ -451,7 +440,7 @@ void run_compare(const Gpu& gpu, Pairs& pairs, const Inputs& in, Kernel p) {
 
 void run_means(const Gpu& gpu, Pairs& pairs, const Inputs& in, float* similarity) {
   MeanTables tables(gpu, in);
-  pairs.each([&](int64_t, int64_t images) {
+  pairs.each([&](int64_t images) {
     const Side& query = pairs.query();
     tables.each(
         query, pairs.guide(), pairs.classes(), images, 1, Alike{}, [&](const Means& p, bool begins, bool) {
@@ -487,20 +476,7 @@ std::tuple<Tensor, Tensor, Tensor> cuda_forward(const Tensor& query, const Tenso
   check_devices(in);
   if (classes) check_class_values(kForward, *classes);
   const bool topk = settings.reduction == Reduction::topk, softmax = settings.reduction == Reduction::softmax;
-  const bool indexed = return_index || settings.reduction == Reduction::max;
-  const std::vector<int64_t> shape = in.shape(), none{0};
-  std::vector<int64_t> of_saved = softmax ? shape : none;
-  if (topk) {
-    of_saved = shape;
-    of_saved.push_back(in.winners());
-  }
-  const auto filled = [&](const std::vector<int64_t>& size, ScalarType dtype, double value) {
-    Tensor tensor = device_empty(query, size, dtype);
-    return torch::stable::fill_(tensor, value);
-  };
-  Tensor similarity = filled(shape, ScalarType::Float, 0.0);
-  Tensor index = filled(indexed ? shape : none, ScalarType::Long, -1.0);
-  Tensor saved = filled(of_saved, topk ? ScalarType::Long : ScalarType::Float, topk ? -1.0 : -INFINITY);
+  auto [similarity, index, saved, indexed] = Results::of(in, return_index);
   if (similarity.numel() == 0) return {similarity, index, saved};
   Pairs pairs(gpu, in);
   Kernel p{};
@@ -535,14 +511,13 @@ std::tuple<Tensor, Tensor, Tensor> cuda_forward(const Tensor& query, const Tenso
       run_means(gpu, pairs, in, p.similarity);
       break;
   }
-  if (classes) {
-    const int64_t blocks = std::min(ceil_div(similarity.numel(), kThreads), gpu.multiprocessors());
-    gpu.launch(spoil_kernel, blocks, kThreads, 0, p.classes, similarity.numel(), p.similarity);
-  }
+  if (classes) spoil(gpu, *classes, similarity);
   return {similarity, index, saved};
 }
 
 }  // namespace
 }  // namespace cisc::cross_similarity
+
+CISC_DEFINE(cisc::cross_similarity::kSchema)
 
 CISC_REGISTER(m) { m.impl("cross_similarity", TORCH_BOX(&cisc::cross_similarity::cuda_forward)); }

@@ -6,7 +6,6 @@
 #pragma once
 
 #include <algorithm>
-#include <vector>
 
 #include "class_sort.h"
 #include "cross_similarity_arguments.h"
@@ -33,13 +32,13 @@ constexpr int64_t kImageBytes = 16 << 20, kResultBytes = 24 << 20;  // of worksp
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 static_assert(kDepth == kParts * kMicro && kThreads * kMicro * kMicro == kTile * kTile, "a thread's share");
+static_assert(kThreads == kBins, "a thread has a bin");
 
 // One image of each pair. Workspace holds the images from `first` on.
 struct Side {
   Image<const void*> image;
   int64_t channels, width, height, pixels, first;
   float *scale, *rest, *low;  // [images,pixels]: 1 / length is scale * (rest + low), NaN if not finite
-  bool has_labels;
   Labels labels;
   int64_t label_height, label_width;
   int32_t* order;   // [images,pixels], sorted by bins; null: as they lie
@@ -97,15 +96,20 @@ __device__ __forceinline__ float unit_of(float value, float scale, float rest, f
   return fmaf(near, rest, near * low);
 }
 
+// Adds a term to a sum that has lost so much to rounding; returns what it has lost now.
+__device__ __forceinline__ float add_compensated(float term, float lost,
+                                                 // outputs
+                                                 float& value) {
+  const float rest = term - lost, sum = value + rest, now = (sum - value) - rest;
+  value = sum;
+  return now;
+}
+
 // A sum of many terms.
 struct Sum {
   float value = 0.0f, lost = 0.0f;
 
-  __device__ __forceinline__ void add(float term) {
-    const float rest = term - lost, sum = value + rest;
-    lost = (sum - value) - rest;
-    value = sum;
-  }
+  __device__ __forceinline__ void add(float term) { lost = add_compensated(term, lost, value); }
 };
 
 // A thread has a pixel.
@@ -189,7 +193,7 @@ __global__ void __launch_bounds__(kBins)
   CISC_SHARED(of, int32_t[kChunk]);
   const int64_t image = blockIdx.x / chunks, first = blockIdx.x % chunks * kChunk;
   const int64_t count = items - first < kChunk ? items - first : kChunk;
-  for (int64_t i = threadIdx.x; i < count; i += kThreads) of[i] = bins(image, first + i);
+  for (int64_t i = threadIdx.x; i < count; i += kBins) of[i] = bins(image, first + i);
   __syncthreads();
   const int32_t bin = static_cast<int32_t>(threadIdx.x);
   const int64_t place =
@@ -211,19 +215,6 @@ void sort_items(const Gpu& gpu, const Bins& bins, int64_t images, int64_t items,
 struct SlotClasses : Classes {
   bool own;
 };
-
-// Whether any class is neither -1 nor a class. All threads of a block take part.
-__device__ bool any_invalid(const SlotClasses& classes) {
-  CISC_SHARED(found, int);
-  if (threadIdx.x == 0) found = 0;
-  __syncthreads();
-  const int64_t count = classes.own ? 0 : classes.batch * classes.slots;
-  for (int64_t i = threadIdx.x; i < count; i += kThreads) {
-    if (classes.at(i / classes.slots, i % classes.slots) < -1) found = 1;  // whoever writes, the same
-  }
-  __syncthreads();
-  return found != 0;
-}
 
 // Pixels of a tile, in shared memory.
 struct Pixels {
@@ -423,13 +414,13 @@ class Pairs {
   const Side& guide() const { return guide_; }
   const SlotClasses& classes() const { return classes_; }
 
-  // f(first image, images), with the sides ready
+  // f(images), with the sides of so many ready
   template <typename Function>
   void each(const Function& f) {
     for (int64_t b = 0; b < in_.batch(); b += at_once_) {
       const int64_t images = std::min(at_once_, in_.batch() - b);
       prepare(b, images);
-      f(b, images);
+      f(images);
     }
   }
 
@@ -443,8 +434,7 @@ class Pairs {
     side.height = features.size(2);
     side.width = std::max<int64_t>(features.size(3), 1);
     side.pixels = features.size(2) * features.size(3);
-    side.has_labels = labels.has_value();
-    if (!side.has_labels) return side;
+    if (!labels) return side;
     side.labels = read_labels(*labels);
     side.label_height = labels->size(1);
     side.label_width = labels->size(2);

@@ -94,7 +94,7 @@ __device__ __forceinline__ void read_neighbours(const Image<const void*>& image,
 
 // Every pixel of the guide counts alike.
 struct Alike {
-  static constexpr bool of_query = false;
+  static constexpr bool of_query = false;  // it weights pixels of the guide
 
   __device__ float at(int64_t, int64_t, int64_t) const { return 1.0f; }
 };

@@ -47,22 +47,14 @@ struct MicroSums {
   float value[kMicro][kMicro] = {};
   uint32_t lost[kMicro][kMicro / 2] = {};  // upper halves of two float32
 
-  __device__ __forceinline__ static float add(float term, float lost,
-                                              // outputs
-                                              float& value) {
-    const float rest = term - lost, sum = value + rest, now = (sum - value) - rest;
-    value = sum;
-    return now;
-  }
-
   __device__ __forceinline__ void add(const float (&terms)[kMicro][kMicro]) {
 #pragma unroll
     for (int i = 0; i < kMicro; ++i) {
 #pragma unroll
       for (int j = 0; j < kMicro; j += 2) {
         uint32_t& both = lost[i][j / 2];
-        const float low = add(terms[i][j], __uint_as_float(both << 16), value[i][j]);
-        const float high = add(terms[i][j + 1], __uint_as_float(both & kHigh), value[i][j + 1]);
+        const float low = add_compensated(terms[i][j], __uint_as_float(both << 16), value[i][j]);
+        const float high = add_compensated(terms[i][j + 1], __uint_as_float(both & kHigh), value[i][j + 1]);
         both = (__float_as_uint(high) & kHigh) | __float_as_uint(low) >> 16;
       }
     }

@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // Entries of a group that a block has found, in order.
 struct Found {
-  int count, of_warp[kThreads / kWarp];
+  int of_warp[kThreads / kWarp];
   int32_t target[kThreads];  // the group's pixel
   int64_t offset[kThreads];  // of the query's vector
   float share[kThreads], scale[kThreads], rest[kThreads], low[kThreads];
@@ -227,7 +227,7 @@ __global__ void __launch_bounds__(kThreads, 2) add_winners_kernel(
 // Of the images whose sides are ready.
 class ToGuide {
  public:
-  ToGuide(const Inputs& in, const Gpu& gpu, const int64_t* winners, int64_t k) : in_(in), gpu_(gpu) {
+  ToGuide(const Inputs& in, const Gpu& gpu, const int64_t* winners, int64_t k) : gpu_(gpu) {
     const int64_t channels = in.channels(), rows = in.slots() * in.query_pixels(), pixels = in.guide_pixels();
     channels_ = std::min(channels, kGroupBytes / 8);
     rows_at_once_ = std::clamp<int64_t>(kEntries / k, 1, rows);
@@ -281,7 +281,6 @@ class ToGuide {
                 channels_, shares, order, starts, begins, ends, data_of<double>(totals_));
   }
 
-  const Inputs& in_;
   const Gpu& gpu_;
   Entries entries_{};
   int64_t channels_ = 0, rows_at_once_ = 0, images_at_once_ = 0, pixels_at_once_ = 0;

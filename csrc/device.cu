@@ -2,7 +2,10 @@
 
 #include "device.cuh"
 
+#include <algorithm>
+#include <cmath>
 #include <cstdlib>
+#include <string>
 
 #include "tensors.h"
 
@@ -11,6 +14,7 @@
 
 #include <array>
 #include <mutex>
+#include <set>
 #endif
 
 namespace cisc {
@@ -43,6 +47,32 @@ void check_class_values(const char* op, const Tensor& classes, int64_t limit) {
   if (!Gpu::checks_values()) return;
   const Tensor copy = on_cpu(classes);
   for (int64_t b = 0; b < copy.size(0); ++b) read_classes(op, copy, b, limit);
+}
+
+namespace {
+
+constexpr int kSpoilThreads = 256;
+
+template <typename T>
+__global__ void __launch_bounds__(kSpoilThreads) spoil_kernel(Classes classes, int64_t count,
+                                                              // outputs
+                                                              T* values) {
+  if (!any_below_none<kSpoilThreads>(classes)) return;
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kSpoilThreads;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kSpoilThreads + threadIdx.x; i < count; i += stride) {
+    values[i] = T::narrow(NAN);
+  }
+}
+
+}  // namespace
+
+void spoil(const Gpu& gpu, const Tensor& classes, Tensor& values) {
+  const int64_t count = values.numel();
+  const int64_t blocks = std::min(ceil_div(count, kSpoilThreads), gpu.multiprocessors());
+  with_float(float_kind(values.scalar_type()), [&](auto type) {
+    using T = decltype(type);
+    gpu.launch(spoil_kernel<T>, blocks, kSpoilThreads, 0, classes_of(classes), count, data_of<T>(values));
+  });
 }
 
 #ifdef CISC_SIMT
@@ -109,6 +139,21 @@ cudaStream_t current_stream(const char* op, int device) {
   return static_cast<cudaStream_t>(stream);
 }
 
+// Lets a kernel ask for all the shared memory that there is, once on each GPU: set to what one launch asks
+// for, it would fall short of what another thread's asks for. The kernel's own variables count too.
+void allow_shared(const char* op, const void* kernel, int device, int64_t most) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int> > allowed;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (allowed.count({kernel, device}) > 0) return;
+  cudaFuncAttributes attributes{};
+  check_cuda(op, cudaFuncGetAttributes(&attributes, kernel), "asking for a kernel's attributes");
+  const int rest = static_cast<int>(most) - static_cast<int>(attributes.sharedSizeBytes);
+  check_cuda(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, rest),
+             "asking for shared memory");
+  allowed.insert({kernel, device});
+}
+
 int device_of(const char* op, const char* name, const Tensor& tensor) {
   check_place(op, name, tensor, kHere);
   return tensor.get_device_index();
@@ -117,14 +162,13 @@ int device_of(const char* op, const char* name, const Tensor& tensor) {
 }  // namespace
 
 Gpu::Gpu(const char* op, const char* name, const Tensor& tensor)
-    : op_(op), guard_(device_of(op, name, tensor)) {
-  const int device = tensor.get_device_index();
-  const Properties& p = properties_of(op, device);
+    : op_(op), device_(device_of(op, name, tensor)), guard_(device_) {
+  const Properties& p = properties_of(op, device_);
   check(p.major > kMajor || (p.major == kMajor && p.minor >= kMinor), op, "needs compute capability ", kMajor,
-        ".", kMinor, " or newer, GPU ", device, " has ", p.major, ".", p.minor);
+        ".", kMinor, " or newer, GPU ", device_, " has ", p.major, ".", p.minor);
   multiprocessors_ = p.multiprocessors;
   shared_bytes_ = p.shared_bytes;
-  stream_ = current_stream(op, device);
+  stream_ = current_stream(op, device_);
 }
 
 bool Gpu::checks_values() {
@@ -133,13 +177,7 @@ bool Gpu::checks_values() {
 }
 
 void Gpu::launch_raw(const void* kernel, int64_t blocks, int threads, int64_t shared, void** pointers) const {
-  // What a kernel declares counts too: with it, even less than the usual limit may have to be asked for.
-  if (shared > 0) {
-    check_cuda(
-        op_,
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
-        "asking for shared memory");
-  }
+  if (shared > 0) allow_shared(op_, kernel, device_, shared_bytes_);
   const dim3 grid(static_cast<unsigned>(blocks)), block(static_cast<unsigned>(threads));
   check_cuda(op_, cudaLaunchKernel(kernel, grid, block, pointers, static_cast<size_t>(shared), stream_),
              "a launch");

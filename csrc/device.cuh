@@ -11,10 +11,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
-#include <cstring>
-#include <string>
 #include <tuple>
-#include <utility>
 #include <vector>
 
 #ifdef CISC_SIMT
@@ -27,6 +24,7 @@
 
 #include "checks.h"
 #include "convert.h"
+#include "labels.h"
 
 #ifdef CISC_SIMT
 // name: a variable of the type behind it that all threads of a block share; it holds NaN at first.
@@ -35,12 +33,18 @@
   name##_shared& name = ::simt::shared<name##_shared, __COUNTER__>()
 // name: the shared memory that the launch has asked for, aligned to 16 bytes.
 #define CISC_DYNAMIC_SHARED(name) unsigned char* name = ::simt::dynamic_shared()
+// Defines the schemas of a file's operators, which in the usual library the C++ kernels' files do.
+#define CISC_DEFINE(...)                                    \
+  STABLE_TORCH_LIBRARY_FRAGMENT(cisc_ext, m) {              \
+    for (const char* schema : {__VA_ARGS__}) m.def(schema); \
+  }
 #define CISC_REGISTER(m) STABLE_TORCH_LIBRARY_IMPL(cisc_ext, CPU, m)
 #else
 #define CISC_SHARED(name, ...)       \
   using name##_shared = __VA_ARGS__; \
   __shared__ name##_shared name
 #define CISC_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+#define CISC_DEFINE(...)
 #define CISC_REGISTER(m) STABLE_TORCH_LIBRARY_IMPL(cisc_ext, CUDA, m)
 #endif
 
@@ -203,6 +207,20 @@ __device__ T block_sum(T value) {
   return value;
 }
 
+// Whether any class is below -1, which is none. All threads of a block take part.
+template <int kThreads>
+__device__ bool any_below_none(const Classes& classes) {
+  CISC_SHARED(found, int);
+  if (threadIdx.x == 0) found = 0;
+  __syncthreads();
+  const int64_t count = classes.batch * classes.slots;
+  for (int64_t i = threadIdx.x; i < count; i += kThreads) {
+    if (classes.at(i / classes.slots, i % classes.slots) < -1) found = 1;  // whoever writes, the same
+  }
+  __syncthreads();
+  return found != 0;
+}
+
 // The GPU that a tensor is on, for the length of an operator's host function: it is the current one, and
 // launches go to its current stream. Nothing here waits for it.
 class Gpu {
@@ -243,6 +261,7 @@ class Gpu {
   const char* op_;
   int64_t multiprocessors_ = 0, shared_bytes_ = 0;
 #ifndef CISC_SIMT
+  int device_;
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_ = nullptr;
 #endif
@@ -264,6 +283,13 @@ T* data_of(Tensor& tensor) {
 
 // A copy on the CPU, for what CISC_CHECK=1 looks at: waits for the GPU.
 Tensor on_cpu(const Tensor& tensor);
+
+// NaN in all `values`, contiguous, if any class is below -1.
+// classes: [B,S] int32 or int64
+// values: float32, bfloat16 or float16
+void spoil(const Gpu& gpu, const Tensor& classes,
+           // outputs
+           Tensor& values);
 
 // Where Gpu::checks_values(): raise for a label that is neither in [0, num_classes) nor ignore_index.
 void check_label_values(const char* op, const Tensor& labels, int64_t num_classes, int64_t ignore_index);

@@ -21,10 +21,7 @@ struct Labels {
   int64_t stride_b, stride_y, stride_x;
 
   CISC_HD int64_t at(int64_t b, int64_t y, int64_t x) const {
-    return at(b * stride_b + y * stride_y + x * stride_x);
-  }
-
-  CISC_HD int64_t at(int64_t offset) const {
+    const int64_t offset = b * stride_b + y * stride_y + x * stride_x;
     switch (kind) {
       case Integer::u8:
         return static_cast<const uint8_t*>(data)[offset];

@@ -244,4 +244,6 @@ std::tuple<Tensor, Tensor> cuda_forward(const Tensor& similarity, const Tensor& 
 }  // namespace
 }  // namespace cisc::map_consistency
 
+CISC_DEFINE(cisc::map_consistency::kSchema)
+
 CISC_REGISTER(m) { m.impl("map_consistency", TORCH_BOX(&cisc::map_consistency::cuda_forward)); }

@@ -256,10 +256,8 @@ void backward_image(const Tensor& grad, const Tensor& labels, int64_t image, con
 }
 
 // Raises for a class below -1.
-auto values_of(const Tensor& classes) {
-  return [&classes](const char* op) {
-    for (int64_t b = 0; b < classes.size(0); ++b) read_classes(op, classes, b);
-  };
+void check_values(const char* op, const Tensor& classes) {
+  for (int64_t b = 0; b < classes.size(0); ++b) read_classes(op, classes, b);
 }
 
 // features: [B,C,h,w] float32, bfloat16 or float16, any strides
@@ -268,7 +266,8 @@ auto values_of(const Tensor& classes) {
 // outputs
 // prototypes: [B,S,C] float32
 Tensor forward(const Tensor& features, const Tensor& labels, const Tensor& classes, double eps) {
-  check_forward(features, labels, classes, Place::cpu, values_of(classes));
+  check_forward(features, labels, classes, Place::cpu);
+  check_values(kForward, classes);
   const int64_t images = features.size(0);
   const Geometry g{features.size(2), features.size(3), labels.size(1), labels.size(2)};
 
@@ -290,7 +289,8 @@ Tensor forward(const Tensor& features, const Tensor& labels, const Tensor& class
 // gradient: [B,C,h,w] of `dtype`, contiguous
 Tensor backward(const Tensor& grad, const Tensor& labels, const Tensor& classes, int64_t h, int64_t w,
                 double eps, ScalarType dtype) {
-  check_backward(grad, labels, classes, h, w, dtype, Place::cpu, values_of(classes));
+  check_backward(grad, labels, classes, h, w, dtype, Place::cpu);
+  check_values(kBackward, classes);
   const int64_t images = grad.size(0), channels = grad.size(2);
   const Geometry g{h, w, labels.size(1), labels.size(2)};
 

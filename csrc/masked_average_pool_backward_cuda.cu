@@ -23,8 +23,7 @@ struct Scatter {
 // channels at the pixel; factor: at S = 1, of the warp's channel that has the thread's number
 template <int n, bool one, typename T>
 __device__ __forceinline__ void scatter_window(const Scatter& p, int64_t image, int64_t channel,
-                                               int64_t pixel, bool there, int64_t begin, int64_t end,
-                                               float factor,
+                                               int64_t pixel, bool there, Span span, Span other, float factor,
                                                // outputs
                                                T* to) {
   constexpr int kBeside = n > 4 ? 4 : 8;  // channels whose sums a thread has at once
@@ -61,7 +60,8 @@ __device__ __forceinline__ void scatter_window(const Scatter& p, int64_t image, 
       add(factor, first);
     } else {
       for (int64_t word = 0; word < p.weights.words; ++word) {
-        for (uint32_t bits = p.weights.bits(image, word, begin, end); bits != 0; bits &= bits - 1) {
+        for (uint32_t bits = p.weights.bits(image, word, span) | p.weights.bits(image, word, other);
+             bits != 0; bits &= bits - 1) {
           const int64_t slot = word * kSlots + __ffs(static_cast<int>(bits)) - 1;
           read_weights(slot);
           const int64_t here = static_cast<int64_t>(first + lane % kBeside) * kWarps;
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kThreads, one ? 3 : 2) scatter_kernel(Scatter 
     const int64_t last = first + kWarp < groups ? first + kWarp : groups;
     const bool there = group < groups;
     const int64_t pixel = head + (there ? group : 0) * n;
-    scatter_window<n, one>(p, image, channel, pixel, there, head + first * n, head + last * n, factor,
+    scatter_window<n, one>(p, image, channel, pixel, there, {head + first * n, head + last * n}, {}, factor,
                            to + pixel);
   }
   const int64_t tail = head + groups * n;
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kThreads, one ? 3 : 2) scatter_kernel(Scatter 
     const int64_t edge = lane < head ? lane : tail + lane - head;
     const bool there = edge < pixels;
     const int64_t pixel = there ? edge : 0;
-    scatter_window<1, one>(p, image, channel, pixel, there, 0, pixels, factor, to + pixel);
+    scatter_window<1, one>(p, image, channel, pixel, there, {0, head}, {tail, pixels}, factor, to + pixel);
   }
 }
 
@@ -129,13 +129,15 @@ __global__ void __launch_bounds__(kThreads, one ? 3 : 2) scatter_kernel(Scatter 
 // gradient: [B,C,h,w] of `dtype`, contiguous
 Tensor cuda_backward(const Tensor& grad, const Tensor& labels, const Tensor& classes, int64_t h, int64_t w,
                      double eps, ScalarType dtype) {
-  check_backward(grad, labels, classes, h, w, dtype, kHere,
-                 [&](const char* op) { check_class_values(op, classes); });
+  check_backward(grad, labels, classes, h, w, dtype, kHere);
   const Gpu gpu(kBackward, "grad", grad);
   check_same_device(kBackward, "labels", labels, grad);
   check_same_device(kBackward, "classes", classes, grad);
+  check_class_values(kBackward, classes);
   const int64_t batch = grad.size(0), slots = grad.size(1), channels = grad.size(2);
-  if (grad.numel() == 0 || labels.numel() == 0) return device_zeros(grad, {batch, channels, h, w}, dtype);
+  if (grad.numel() == 0 || labels.numel() == 0) {
+    return without_pixels(gpu, classes, {batch, channels, h, w}, dtype);
+  }
   Tensor gradient = device_empty(grad, {batch, channels, h, w}, dtype);
   Gatherer gatherer(gpu, labels, classes, h, w);
   Scatter p{{},
@@ -175,6 +177,8 @@ Tensor cuda_backward(const Tensor& grad, const Tensor& labels, const Tensor& cla
 
 }  // namespace
 }  // namespace cisc::masked_average_pool::device
+
+CISC_DEFINE(cisc::masked_average_pool::kBackwardSchema)
 
 CISC_REGISTER(m) {
   m.impl("masked_average_pool_backward", TORCH_BOX(&cisc::masked_average_pool::device::cuda_backward));

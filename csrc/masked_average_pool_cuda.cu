@@ -53,10 +53,11 @@ struct Part {
 
 // Add to `sums` [slots,kDeep] what the warp's channels have at n pixels of each thread, from `pixel` of the
 // piece on, where `there`. from: the first of the warp's channels at the pixel
+// span, other: where the pixels of the warp lie
 template <int n, bool one, typename T>
 __device__ __forceinline__ void pool_window(const T* from, int64_t stride_c, int left, const Pool& p,
-                                            const Part& part, int64_t pixel, bool there, int64_t begin,
-                                            int64_t end,
+                                            const Part& part, int64_t pixel, bool there, Span span,
+                                            Span other,
                                             // outputs
                                             float* sums) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
@@ -75,7 +76,8 @@ __device__ __forceinline__ void pool_window(const T* from, int64_t stride_c, int
     for (int i = 0; i < n; ++i) mine = mine || weight[i] > 0.0f;
     if (!__any_sync(kAll, mine)) return;
   } else {
-    bits = p.weights.bits(part.image, part.first_slot / kSlots, begin, end);
+    const int64_t word = part.first_slot / kSlots;
+    bits = p.weights.bits(part.image, word, span) | p.weights.bits(part.image, word, other);
     if (bits == 0) return;
   }
 #pragma unroll 1
@@ -152,14 +154,15 @@ __global__ void __launch_bounds__(kThreads, one ? 3 : 2)
       const int last = first + kWarp < groups ? first + kWarp : groups;
       const bool there = group < groups;
       pool_window<n, one>(from + features.offset_of(origin + (there ? pixel : 0)), features.stride_c, left, p,
-                          part, pixel, there, head + first * n, head + last * n, sums + warp);
+                          part, pixel, there, {head + first * n, head + last * n}, {}, sums + warp);
     }
     if (n > 1 && part.chunk == p.chunks - 1) {  // what lies in front of the groups and behind them
       const int tail = head + groups * n, edge = lane < head ? lane : tail + lane - head;
       const bool there = edge < pixels;
       if (head > 0 || tail < pixels) {
         const T* at = from + features.offset_of(origin + (there ? edge : 0));
-        pool_window<1, one>(at, features.stride_c, left, p, part, edge, there, 0, pixels, sums + warp);
+        pool_window<1, one>(at, features.stride_c, left, p, part, edge, there, {0, head}, {tail, pixels},
+                            sums + warp);
       }
     }
   }
@@ -211,7 +214,7 @@ __global__ void __launch_bounds__(kThreads, one&& kWide<T> == 4 ? 3 : 2)
     if (one) {
       if (!read_weights(part.first_slot)) continue;
     } else {
-      bits = p.weights.bits(part.image, part.first_slot / kSlots, pixel, pixel + count);
+      bits = p.weights.bits(part.image, part.first_slot / kSlots, {pixel, pixel + count});
       if (bits == 0) continue;
     }
     Group<T, n> x[kInFlight] = {};
@@ -346,13 +349,14 @@ struct Share {
 // outputs
 // prototypes: [B,S,C] float32
 Tensor cuda_forward(const Tensor& features, const Tensor& labels, const Tensor& classes, double eps) {
-  check_forward(features, labels, classes, kHere, [&](const char* op) { check_class_values(op, classes); });
+  check_forward(features, labels, classes, kHere);
   const Gpu gpu(kForward, "features", features);
   check_same_device(kForward, "labels", labels, features);
   check_same_device(kForward, "classes", classes, features);
+  check_class_values(kForward, classes);
   const int64_t batch = features.size(0), slots = classes.size(1), channels = features.size(1);
   if (batch * slots * channels == 0 || labels.numel() == 0) {
-    return device_zeros(features, {batch, slots, channels}, ScalarType::Float);
+    return without_pixels(gpu, classes, {batch, slots, channels}, ScalarType::Float);
   }
   Tensor prototypes = device_empty(features, {batch, slots, channels}, ScalarType::Float);
   // A piece's images have one chunk each at least, and a group of slots.
@@ -402,6 +406,8 @@ Tensor cuda_forward(const Tensor& features, const Tensor& labels, const Tensor& 
 
 }  // namespace
 }  // namespace cisc::masked_average_pool::device
+
+CISC_DEFINE(cisc::masked_average_pool::kSchema)
 
 CISC_REGISTER(m) {
   m.impl("masked_average_pool", TORCH_BOX(&cisc::masked_average_pool::device::cuda_forward));

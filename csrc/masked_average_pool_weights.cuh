@@ -27,6 +27,11 @@ struct Piece {
   CISC_HD int64_t pixels() const { return rows * columns; }
 };
 
+// Pixels [begin, end) of a piece.
+struct Span {
+  int64_t begin, end;
+};
+
 // Weights of the pixels of a piece, and which slots have any.
 struct Weights {
   Piece piece;
@@ -42,11 +47,12 @@ struct Weights {
     return weight + (image * slots + slot) * piece.pixels();
   }
 
-  // The slots of a word that have weight in the segments of the pixels [begin, end), end > begin.
-  __device__ __forceinline__ uint32_t bits(int64_t image, int64_t word, int64_t begin, int64_t end) const {
-    const int64_t last = segment_of(end - 1);
+  // The slots of a word that have weight in the segments of these pixels.
+  __device__ __forceinline__ uint32_t bits(int64_t image, int64_t word, Span pixels) const {
+    if (pixels.begin >= pixels.end) return 0;
+    const int64_t last = segment_of(pixels.end - 1);
     uint32_t found = 0;
-    for (int64_t t = segment_of(begin); t <= last; ++t) {
+    for (int64_t t = segment_of(pixels.begin); t <= last; ++t) {
       found |= present[(image * piece.rows * segments + t) * words + word];
     }
     return found;
@@ -79,6 +85,14 @@ __device__ __forceinline__ double pixels_of(unsigned long long total, double uni
   return static_cast<double>(total) * unit;
 }
 
+// Zeros, and NaN if any class is below -1: the result where labels have no pixels.
+inline Tensor without_pixels(const Gpu& gpu, const Tensor& classes, const std::vector<int64_t>& size,
+                             ScalarType dtype) {
+  Tensor result = device_zeros(classes, size, dtype);
+  spoil(gpu, classes, result);
+  return result;
+}
+
 // The weights of one piece after another, and the pixels of the classes.
 class Gatherer {
  public:
@@ -95,7 +109,7 @@ class Gatherer {
  private:
   const Gpu& gpu_;
 
- public:
+ public:  // in the order in which one is made from those before
   const Geometry geometry;
   const int64_t slots;
   const std::vector<Piece> pieces;

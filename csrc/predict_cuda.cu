@@ -206,4 +206,6 @@ std::tuple<Tensor, Tensor> cuda_forward(const Tensor& logits, int64_t height, in
 }  // namespace
 }  // namespace cisc::predict
 
+CISC_DEFINE(cisc::predict::kSchema)
+
 CISC_REGISTER(m) { m.impl("predict", TORCH_BOX(&cisc::predict::cuda_forward)); }

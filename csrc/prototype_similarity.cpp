@@ -105,7 +105,8 @@ Tensor forward_op(const Tensor& query, const Tensor& prototypes, double eps) {
 std::tuple<Tensor, Tensor> backward_op(const Tensor& grad, const Tensor& query, const Tensor& prototypes,
                                        double eps) {
   check_arguments(kBackward, query, prototypes, Place::cpu);
-  check_grad(grad, query, prototypes, Place::cpu);
+  check_grad(kBackward, grad, {query.size(0), prototypes.size(1), query.size(2), query.size(3)}, "[B,S,h,w]",
+             Place::cpu);
   const int64_t batch = query.size(0), slots = prototypes.size(1), channels = query.size(1);
   Tensor grad_query = torch::stable::empty_like(query),
          grad_prototypes = torch::stable::empty_like(prototypes);

@@ -27,14 +27,6 @@ inline void check_arguments(const char* op, const Tensor& query, const Tensor& p
   check_size(op, "prototypes", prototypes, 2, query.size(1), "[B,S,C]");
 }
 
-inline void check_grad(const Tensor& grad, const Tensor& query, const Tensor& prototypes, Place place) {
-  check_rank(kBackward, "grad", grad, 4, "[B,S,h,w]");
-  check_dtype(kBackward, "grad", grad.scalar_type(), {ScalarType::Float}, "float32");
-  check_place(kBackward, "grad", grad, place);
-  const int64_t size[] = {query.size(0), prototypes.size(1), query.size(2), query.size(3)};
-  for (int64_t d = 0; d < 4; ++d) check_size(kBackward, "grad", grad, d, size[d], "[B,S,h,w]");
-}
-
 // The root of a sum of squares is 0 or far above that: with it, 0 is below any eps.
 inline float norm_limit(double eps) {
   return std::max(static_cast<float>(eps), std::numeric_limits<float>::min());

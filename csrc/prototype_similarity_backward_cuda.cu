@@ -77,7 +77,8 @@ bool alike(const Planes<const T>& a, const Planes<T>& b, int64_t pixels, int64_t
 std::tuple<Tensor, Tensor> cuda_backward(const Tensor& grad, const Tensor& query, const Tensor& prototypes,
                                          double eps) {
   check_arguments(kBackward, query, prototypes, kHere);
-  check_grad(grad, query, prototypes, kHere);
+  check_grad(kBackward, grad, {query.size(0), prototypes.size(1), query.size(2), query.size(3)}, "[B,S,h,w]",
+             kHere);
   const Gpu gpu(kBackward, "query", query);
   check_same_device(kBackward, "prototypes", prototypes, query);
   check_same_device(kBackward, "grad", grad, query);
@@ -149,6 +150,8 @@ std::tuple<Tensor, Tensor> cuda_backward(const Tensor& grad, const Tensor& query
 
 }  // namespace
 }  // namespace cisc::prototype_similarity
+
+CISC_DEFINE(cisc::prototype_similarity::kBackwardSchema)
 
 CISC_REGISTER(m) {
   m.impl("prototype_similarity_backward", TORCH_BOX(&cisc::prototype_similarity::cuda_backward));

@@ -2,6 +2,8 @@
 // strides.
 #pragma once
 
+#include <type_traits>
+
 #include "prototype_similarity_backward.cuh"
 
 namespace cisc::prototype_similarity {
@@ -197,29 +199,21 @@ __global__ void __launch_bounds__(kThreads, 2)
           add_sums(0, channel + first * kHalves, sum);
         }
       } else {
-        constexpr int beside = 1;  // channels whose gradient is at hand at once
 #pragma unroll
-        for (int first = 0; first < own; first += beside) {
-          float back[beside][n] = {}, share[n];
+        for (int j = 0; j < own; ++j) {
+          const I here = channel + j * kHalves;
+          float back[n] = {}, share[n];
 #pragma unroll 1
           for (int64_t slot = 0; slot < p.slots; ++slot) {
             read_shares(slot, share);
+            const float unit = unit_at(slot, here);
 #pragma unroll
-            for (int j = 0; j < beside; ++j) {
-              const float unit = unit_at(slot, channel + (first + j) * kHalves);
-#pragma unroll
-              for (int i = 0; i < n; ++i) back[j][i] = fmaf(share[i], unit, back[j][i]);
-            }
+            for (int i = 0; i < n; ++i) back[i] = fmaf(share[i], unit, back[i]);
           }
+          if (!mine || here >= channels) continue;
 #pragma unroll
-          for (int j = 0; j < beside; ++j) {
-            if (!mine || channel + (first + j) * kHalves >= channels) continue;
-#pragma unroll
-            for (int i = 0; i < n; ++i) {
-              back[j][i] = fmaf(-x[first + j].at(i), taken[i], back[j][i]) * scale[i];
-            }
-            write(to + (first + j) * kHalves * grad_query.stride_c, back[j]);
-          }
+          for (int i = 0; i < n; ++i) back[i] = fmaf(-x[j].at(i), taken[i], back[i]) * scale[i];
+          write(to + j * kHalves * grad_query.stride_c, back);
         }
 #pragma unroll 1
         for (int64_t slot = 0; slot < p.slots; ++slot) {

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <type_traits>
 
 #include "planes.cuh"
 #include "prototype_similarity_arguments.h"

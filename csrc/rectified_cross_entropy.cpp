@@ -169,7 +169,7 @@ Tensor backward(const Tensor& grad, const Tensor& logits, const Tensor& labels, 
                 const MaybeTensor& classes, int64_t ignore_index, std::optional<double> ohem_threshold,
                 int64_t ohem_min_kept) {
   check_all(kBackward, logits, labels, similarity, classes, ohem_min_kept);
-  check_pixel_gradient(grad, labels, Place::cpu);
+  check_grad(kBackward, grad, {labels.size(0), labels.size(1), labels.size(2)}, "[B,H,W]", Place::cpu);
   Tensor gradient = gradient_like(logits, true);
   if (labels.numel() == 0) return gradient;
   check_sides(kBackward, logits, labels.size(1), labels.size(2));

@@ -56,13 +56,4 @@ inline void check_reduction(const std::string& reduction) {
         kForward, "reduction must be 'mean', 'valid_mean', 'sum' or 'none', got '", reduction, "'");
 }
 
-// grad: [B,H,W] float32
-// labels: [B,H,W]
-inline void check_pixel_gradient(const Tensor& grad, const Tensor& labels, Place place) {
-  check_rank(kBackward, "grad", grad, 3, "[B,H,W]");
-  check_dtype(kBackward, "grad", grad.scalar_type(), {ScalarType::Float}, "float32");
-  check_place(kBackward, "grad", grad, place);
-  for (int64_t d = 0; d < 3; ++d) check_size(kBackward, "grad", grad, d, labels.size(d), "[B,H,W]");
-}
-
 }  // namespace cisc::rectified_cross_entropy

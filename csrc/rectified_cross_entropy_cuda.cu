@@ -362,7 +362,7 @@ Tensor cuda_backward(const Tensor& grad, const Tensor& logits, const Tensor& lab
                      const MaybeTensor& similarity, const MaybeTensor& classes, int64_t ignore_index,
                      std::optional<double> ohem_threshold, int64_t ohem_min_kept) {
   check_arguments(kBackward, logits, labels, similarity, classes, ohem_min_kept, kHere);
-  check_pixel_gradient(grad, labels, kHere);
+  check_grad(kBackward, grad, {labels.size(0), labels.size(1), labels.size(2)}, "[B,H,W]", kHere);
   const Gpu gpu(kBackward, "logits", logits);
   check_values(kBackward, logits, labels, similarity, classes, ignore_index);
   check_same_device(kBackward, "grad", grad, logits);
@@ -385,6 +385,8 @@ Tensor cuda_backward(const Tensor& grad, const Tensor& logits, const Tensor& lab
 
 }  // namespace
 }  // namespace cisc::rectified_cross_entropy
+
+CISC_DEFINE(cisc::rectified_cross_entropy::kSchema, cisc::rectified_cross_entropy::kBackwardSchema)
 
 CISC_REGISTER(m) {
   m.impl("rectified_cross_entropy", TORCH_BOX(&cisc::rectified_cross_entropy::cuda_forward));

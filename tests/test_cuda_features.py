@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from numerics import assert_close
-from opcases import DEVICES, run, skip_unless_able
+from opcases import DEVICES, SIMULATED, run, skip_unless_able
 from oprule import assert_meets_rule
 from torch import Tensor
 
@@ -172,3 +172,22 @@ def test_prototypes_that_are_not_finite_without_pixels(device: str) -> None:
     assert leaf.grad is not None
     spoilt = ~prototypes.isfinite().all(2, keepdim=True).expand_as(prototypes)
     assert torch.equal(leaf.grad.cpu().isnan(), spoilt)
+
+
+@pytest.mark.skipif(not SIMULATED, reason="CISC_CHECK=0 is for GPUs: the CPU's kernels always check")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("pixels", [0, 30])
+def test_pooling_of_a_class_below_none(
+    pixels: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All is NaN, also where labels have no pixels; without such a class all is 0 then."""
+    monkeypatch.setenv("CISC_CHECK", "0")
+    features = torch.randn(2, 3, 4, 5, dtype=dtype, requires_grad=True)
+    labels = torch.zeros(2, pixels, 30, dtype=torch.uint8)
+    for wrong in (-2, 1):
+        classes = torch.tensor([[0, -1], [wrong, 0]])
+        pooled = ops.masked_average_pool(features, labels, classes, impl="cpp")
+        (gradient,) = torch.autograd.grad(pooled.sum(), features)
+        for values in (pooled, gradient):
+            assert bool(values.isnan().all()) == (wrong == -2), wrong
+            assert wrong == -2 or pixels > 0 or int(values.count_nonzero()) == 0
