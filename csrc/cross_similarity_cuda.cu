@@ -358,8 +358,8 @@ __global__ void __launch_bounds__(kRowsThreads) meet_means_kernel(Means p, bool 
     means.at[channel * kRows + thread / kRowsDepth] =
         brings && first + channel < p.channels ? from[first] : 0.0f;
     float values[kRowsDepth];
-    read_neighbours(query.image, offset + (p.first_channel + first) * query.image.stride_c,
-                    inside ? p.channels - first : 0, values);
+    read_channels(query.image, offset + (p.first_channel + first) * query.image.stride_c, 1,
+                  inside ? p.channels - first : 0, values);
     __syncthreads();
     float piece[kRows] = {};
 #pragma unroll
@@ -402,7 +402,7 @@ __global__ void __launch_bounds__(kRowsThreads) meet_own_mean_kernel(Means p, bo
   float sum = 0.0f;
   for (int64_t first = 0; first < p.channels; first += kRowsDepth) {
     float values[kRowsDepth], piece = 0.0f;
-    read_neighbours(query.image, offset + first * query.image.stride_c, p.channels - first, values);
+    read_channels(query.image, offset + first * query.image.stride_c, 1, p.channels - first, values);
 #pragma unroll
     for (int i = 0; i < kRowsDepth; ++i) {
       if (first + i < p.channels) {

@@ -66,27 +66,24 @@ struct Side {
 };
 
 __device__ __forceinline__ float read_element(Float kind, const void* data, int64_t at) {
-  switch (kind) {
-    case Float::f32:
-      return static_cast<const Float32*>(data)[at].widen();
-    case Float::bf16:
-      return static_cast<const BFloat16*>(data)[at].widen();
-    default:
-      return static_cast<const Float16*>(data)[at].widen();
-  }
+  return with_elements(kind, data, [&](const auto* elements) { return elements[at].widen(); });
 }
 
 __device__ __forceinline__ void write_element(Float kind, void* data, int64_t at, float value) {
-  switch (kind) {
-    case Float::f32:
-      static_cast<Float32*>(data)[at] = Float32::narrow(value);
-      return;
-    case Float::bf16:
-      static_cast<BFloat16*>(data)[at] = BFloat16::narrow(value);
-      return;
-    default:
-      static_cast<Float16*>(data)[at] = Float16::narrow(value);
-  }
+  with_elements(kind, data, [&](auto* elements) { elements[at] = elements[at].narrow(value); });
+}
+
+// Every step-th channel of a pixel, from that at `offset` on; 0 behind the first `count` channels.
+template <int n>
+__device__ __forceinline__ void read_channels(const Image<const void*>& image, int64_t offset, int step,
+                                              int64_t count,
+                                              // outputs
+                                              float (&values)[n]) {
+  with_elements(image.kind, image.data, [&](const auto* elements) {
+    const auto* from = elements + offset;
+#pragma unroll
+    for (int i = 0; i < n; ++i) values[i] = i * step < count ? from[i * step * image.stride_c].widen() : 0.0f;
+  });
 }
 
 // A component of a unit vector. Short vectors are not divided by a length whose inverse overflows, nor long
@@ -260,32 +257,14 @@ __device__ __forceinline__ bool compared(const Tile& tile, int held, int streame
          tile.held.label[held] == tile.streamed.label[streamed];
 }
 
-template <typename T>
-__device__ __forceinline__ void read_channels(const Side& side, int64_t offset, bool inside, int64_t first,
-                                              // outputs
-                                              float (&values)[kMicro]) {
-  const T* from = static_cast<const T*>(side.image.data) + offset;
-#pragma unroll
-  for (int i = 0; i < kMicro; ++i) {
-    const int64_t channel = first + i * kParts;
-    values[i] = inside && channel < side.channels ? from[channel * side.image.stride_c].widen() : 0.0f;
-  }
-}
-
 __device__ __forceinline__ void fetch(const Side& side, const Pixels& pixels, int64_t first,
                                       // outputs
                                       float (&values)[kMicro]) {
   const int at = threadIdx.x % kTile;
   const int64_t channel = first + threadIdx.x / kTile;
   const bool inside = pixels.pixel[at] >= 0;
-  switch (side.image.kind) {
-    case Float::f32:
-      return read_channels<Float32>(side, pixels.offset[at], inside, channel, values);
-    case Float::bf16:
-      return read_channels<BFloat16>(side, pixels.offset[at], inside, channel, values);
-    default:
-      return read_channels<Float16>(side, pixels.offset[at], inside, channel, values);
-  }
+  const int64_t offset = pixels.offset[at] + channel * side.image.stride_c;
+  read_channels(side.image, offset, kParts, inside ? side.channels - channel : 0, values);
 }
 
 __device__ __forceinline__ void put_units(const Pixels& pixels, const float (&values)[kMicro],

@@ -65,33 +65,6 @@ __global__ void __launch_bounds__(kThreads) count_members_kernel(Means p) {
   if (threadIdx.x == 0) p.counts[blockIdx.x] = count;
 }
 
-template <typename T, int n>
-__device__ __forceinline__ void read_neighbours_of(const T* from, int64_t step, int64_t count,
-                                                   // outputs
-                                                   float (&values)[n]) {
-#pragma unroll
-  for (int i = 0; i < n; ++i) values[i] = i < count ? from[i * step].widen() : 0.0f;
-}
-
-// n channels of a pixel, from that at `offset` on; 0 behind the first `count`.
-template <int n>
-__device__ __forceinline__ void read_neighbours(const Image<const void*>& image, int64_t offset,
-                                                int64_t count,
-                                                // outputs
-                                                float (&values)[n]) {
-  switch (image.kind) {
-    case Float::f32:
-      return read_neighbours_of(static_cast<const Float32*>(image.data) + offset, image.stride_c, count,
-                                values);
-    case Float::bf16:
-      return read_neighbours_of(static_cast<const BFloat16*>(image.data) + offset, image.stride_c, count,
-                                values);
-    default:
-      return read_neighbours_of(static_cast<const Float16*>(image.data) + offset, image.stride_c, count,
-                                values);
-  }
-}
-
 // Every pixel of the guide counts alike.
 struct Alike {
   static constexpr bool of_query = false;  // it weights pixels of the guide
@@ -117,7 +90,7 @@ __global__ void __launch_bounds__(kThreads) sum_members_kernel(Means p, Weights 
     const int64_t pixel = side.pixel_at(b, at), of = (b - side.first) * side.pixels + pixel;
     if (!those.has(side, b, pixel)) continue;
     float values[kSummed];
-    read_neighbours(side.image, side.offset(b, pixel) + begin, p.channels - first, values);
+    read_channels(side.image, side.offset(b, pixel) + begin, 1, p.channels - first, values);
     const float scale = side.scale[of], rest = side.rest[of], low = side.low[of];
     const float weight = weights.at(b, slot, pixel);
 #pragma unroll

@@ -102,6 +102,31 @@ void with_float(Float kind, const Function& f) {
   }
 }
 
+// f(pointer to the elements of the type that `kind` names), in a kernel
+template <typename Function>
+__device__ __forceinline__ auto with_elements(Float kind, const void* data, const Function& f) {
+  switch (kind) {
+    case Float::f32:
+      return f(static_cast<const Float32*>(data));
+    case Float::bf16:
+      return f(static_cast<const BFloat16*>(data));
+    default:
+      return f(static_cast<const Float16*>(data));
+  }
+}
+
+template <typename Function>
+__device__ __forceinline__ auto with_elements(Float kind, void* data, const Function& f) {
+  switch (kind) {
+    case Float::f32:
+      return f(static_cast<Float32*>(data));
+    case Float::bf16:
+      return f(static_cast<BFloat16*>(data));
+    default:
+      return f(static_cast<Float16*>(data));
+  }
+}
+
 // n neighbours, read or written at once: 16 bytes at most; aligned to all of them.
 template <typename T, int n>
 struct alignas(sizeof(T) * n) Pack {
