@@ -20,6 +20,7 @@ has no CUDA kernels that run on it, unless --triton-only is given.
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 import tarfile
@@ -125,7 +126,8 @@ def run_part(name: str, limit: int, out: Path, logs: Path, tested: bool, triton_
     if limit < _LEAST_S:
         why = "not begun: the time of the whole is over"
         return {**head, "returncode": None, "limit_s": 0, "seconds": 0.0, "tail": why}
-    ran = limited.run([sys.executable, "-m", *module], limit, log=logs / f"{name}.log")
+    env = {**os.environ, **({"CISC_CUDA": "0"} if triton_only else {})}  # read by the tests
+    ran = limited.run([sys.executable, "-m", *module], limit, env, logs / f"{name}.log")
     return {
         **head,
         "returncode": ran.returncode,

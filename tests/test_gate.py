@@ -47,7 +47,10 @@ def test_gate_refuses_without_cuda_kernels(
     gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Or it would be green without one of them having run; asked for Triton alone, it wants none."""
-    monkeypatch.setattr(gate, "PARTS", {"targets": gate.Part(("this", "{impl}"), 60, 1)})
+    monkeypatch.delenv("CISC_CUDA", raising=False)
+    show = ("timeit", "-n1", "-r1", "import os; print(os.environ.get('CISC_CUDA'))")
+    made = {"targets": gate.Part(("this", "{impl}"), 60, 1), "tests": gate.Part(show, 60, 1)}
+    monkeypatch.setattr(gate, "PARTS", made)
     out = tmp_path / "out"
     monkeypatch.setattr(gate, "lacking", lambda: {"predict": "none built", "map_consistency": "none built"})
     assert gate.main(["--out", str(out)]) == 1
@@ -55,9 +58,11 @@ def test_gate_refuses_without_cuda_kernels(
     assert capsys.readouterr().err == error and not out.exists()
     assert gate.main(["--out", str(out), "--triton-only"]) == 0
     assert parts(out)[0]["command"] == "python -m this --impl=triton"
+    assert parts(out)[1]["tail"].startswith("0\n")
     monkeypatch.setattr(gate, "lacking", dict)
     assert gate.main(["--out", str(out)]) == 0
     assert parts(out)[0]["command"] == "python -m this"
+    assert parts(out)[1]["tail"].startswith("None\n")
 
 
 def test_cuda_kernels_are_asked_for_of_every_operator(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +148,7 @@ def test_the_gate_ends_in_time(
     """Though no part ends before its limit; and each has what it needs, or its share of that."""
     now_s = 0.0
 
-    def run(words: Any, limit_s: float, **_: Any) -> limited.Ran:
+    def run(words: Any, limit_s: float, *_: Any) -> limited.Ran:
         nonlocal now_s
         now_s += limit_s + limited.GRACE_S
         return limited.Ran(None, "", limit_s)
