@@ -1,79 +1,158 @@
 """What must hold on a machine with an NVIDIA GPU.
 
-    python -m benchmarks.gate --out DIR [--only tests,targets,sanitizer,step,first_call,kernels,profile]
-        [--within SECONDS]
+    python -m benchmarks.gate --out DIR [--only PART,PART] [--within SECONDS] [--triton-only]
 
 tests: all tests that need a GPU: results, runs that are alike in every bit, CUDA graphs, memory.
-targets: the rates and times that the kernels are to reach.
-sanitizer: compute-sanitizer over the operators' samples. step: a training step.
+targets: the rates and times that the kernels are to reach. full_step: a training step at full size, and what
+it is to reach. step: smaller ones. sanitizer: compute-sanitizer over the operators' samples.
 first_call: the first call of each operator in Triton, with nothing compiled before.
 kernels: every operator by every implementation against its rivals, at the published crops, as far as its time
 goes; it tests them itself unless "tests" has just passed. profile: Nsight Compute on the kernels.
 
-Each part is a process of its own with a time limit. DIR/gate.json is rewritten as each ends, DIR/PART.log
-keeps its output. Exit 0 if every part succeeded, 1 if one failed or there is no GPU. The parts run in this
-order, the most important first; all of them end within 8 minutes, and what does not begin until then failed.
+Each part is a process of its own with a time limit; what it measures is a JSON in DIR. As each ends,
+DIR/gate.json is rewritten, and DIR/logs.tar.gz with what all have printed, the tests' XML and
+first_call.json: eight files in all. The parts run in this order, the most important first, and all end within
+8 minutes: none takes from those after it what they need at the least, and where there is less, each has its
+share. Exit 0 if every part succeeded; 1 if one failed or did not begin, if there is no GPU, or if the library
+has no CUDA kernels that run on it, unless --triton-only is given.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
+import tarfile
+import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
-from benchmarks import limited, machine
-from cisc_ext.files import write_json
+from benchmarks import limited, machine, sanitize
+from cisc_ext.files import atomic_write, write_json
+from cisc_ext.ops.registry import OPERATORS
 
 WITHIN_S = 480.0
+LOGS = "logs.tar.gz"
 _LEAST_S = 5.0  # in which a part could end
 
-PARTS: dict[str, tuple[tuple[str, ...], int]] = {
-    "tests": (("benchmarks.gpu_tests", "--limit", "220", "--out", "{out}"), 240),
-    "targets": (("benchmarks.targets", "--json", "{out}/targets_cuda.json"), 90),
-    "sanitizer": (("benchmarks.sanitize", "--limit", "30", "--json", "{out}/sanitizer.json"), 150),
-    "step": (
-        ("benchmarks.step", "--device", "cuda", "--repeats", "20", "--json", "{out}/step_cuda.json"),
-        150,
-    ),
-    "first_call": (("benchmarks.first_call", "--json", "{out}/first_call.json"), 90),
-    "kernels": (
+
+@dataclass(frozen=True)
+class Part:
+    """A module with its arguments, and the seconds that it may take at the most, and needs at the least.
+
+    In the arguments "{out}" is the folder of the results and "{logs}" that of what is archived, "{tested}" is
+    --tested once "tests" passed, "{impl}" is --impl=triton for Triton alone, and "{limit}" the limit of each
+    of the `runs` of which it consists, once `start_s` are taken off for its start and its own end.
+    """
+
+    words: tuple[str, ...]
+    most_s: int
+    least_s: int
+    start_s: int = 0
+    runs: int = 1
+
+    def limit_of_run(self, limit_s: float) -> int:
+        return max(1, int((limit_s - self.start_s) / self.runs))
+
+
+PARTS: dict[str, Part] = {
+    "tests": Part(("benchmarks.gpu_tests", "--limit", "{limit}", "--out", "{logs}"), 240, 180, start_s=15),
+    "targets": Part(("benchmarks.targets", "{impl}", "--json", "{out}/targets_cuda.json"), 90, 50),
+    "full_step": Part(
         (
-            *("benchmarks.kernels", "--device", "cuda", "--budget", "0.1", "--stop-after", "50", "{tested}"),
-            *("--workload", "pascal", "cityscapes", "cityscapes_all_classes", "cityscapes_ohem"),
+            *("benchmarks.step", "--device", "cuda", "--full", "full", "--full-alone"),
+            *("--json", "{out}/full_step_cuda.json"),
+        ),
+        most_s=120,
+        least_s=60,
+    ),
+    "step": Part(
+        (
+            *("benchmarks.step", "--device", "cuda", "--repeats", "20", "--full", "none"),
+            *("--json", "{out}/step_cuda.json"),
+        ),
+        most_s=60,
+        least_s=30,
+    ),
+    "sanitizer": Part(
+        ("benchmarks.sanitize", "--limit", "{limit}", "--json", "{out}/sanitizer.json"),
+        most_s=150,
+        least_s=60,
+        start_s=20,
+        runs=len(sanitize.RUNS),
+    ),
+    "first_call": Part(("benchmarks.first_call", "--json", "{logs}/first_call.json"), 90, 30),
+    "kernels": Part(
+        (
+            *("benchmarks.kernels", "--device", "cuda", "--budget", "0.1", "--stop-after", "{limit}"),
+            *("{tested}", "--workload", "pascal", "cityscapes", "cityscapes_all_classes", "cityscapes_ohem"),
             *("n16384_dense_max", "n16384_dense_topk", "n16384_dense_softmax", "n4096_dense_mean"),
             *("cityscapes_labels_max", "--json", "{out}/kernels_cuda.json"),
         ),
-        120,
+        most_s=120,
+        least_s=40,
+        start_s=25,
     ),
-    "profile": (("benchmarks.profile", "--limit", "35", "--json", "{out}/profile.json"), 45),
+    "profile": Part(
+        ("benchmarks.profile", "--limit", "{limit}", "--json", "{out}/profile.json"), 60, 30, start_s=15
+    ),
 }
-"""Module with arguments to run, and its time limit in seconds; "{tested}" is --tested once "tests" passed."""
 
 
-def run_part(name: str, out: Path, tested: bool = False, left_s: float = WITHIN_S) -> dict[str, Any]:
+def limit_of(name: str, later: Sequence[str], left_s: float) -> int:
+    """Seconds of a part: what is left but for what the later ones need, its own end included; where there is
+    too little for all, its share."""
+    part = PARTS[name]
+    kept_s = sum(PARTS[one].least_s for one in later)
+    share_s = left_s * part.least_s / (part.least_s + kept_s)
+    return int(min(part.most_s, max(left_s - kept_s, share_s) - limited.GRACE_S))
+
+
+def run_part(name: str, limit: int, out: Path, logs: Path, tested: bool, triton_only: bool) -> dict[str, Any]:
     """Run one part to its end or limit; its return code is null when it was stopped or had no time."""
-    words, limit_s = PARTS[name]
-    limit_s = min(limit_s, int(left_s))
-    filled = [word.format(out=out.resolve(), tested="--tested" if tested else "") for word in words]
-    module = [word for word in filled if word]
+    part = PARTS[name]
+    filling = {
+        **{"out": out.resolve(), "logs": logs, "limit": part.limit_of_run(limit)},
+        **{"tested": "--tested" if tested else "", "impl": "--impl=triton" if triton_only else ""},
+    }
+    module = [word for word in (word.format(**filling) for word in part.words) if word]
     head = {"name": name, "command": shlex.join(["python", "-m", *module])}
-    if left_s < _LEAST_S:
+    if limit < _LEAST_S:
         why = "not begun: the time of the whole is over"
         return {**head, "returncode": None, "limit_s": 0, "seconds": 0.0, "tail": why}
-    ran = limited.run([sys.executable, "-m", *module], limit_s, log=out / f"{name}.log")
+    env = {**os.environ, **({"CISC_CUDA": "0"} if triton_only else {})}  # read by the tests
+    ran = limited.run([sys.executable, "-m", *module], limit, env, logs / f"{name}.log")
     return {
         **head,
         "returncode": ran.returncode,
-        "limit_s": limit_s,
+        "limit_s": limit,
         "seconds": ran.seconds,
         "tail": ran.tail,
     }
+
+
+def archive(folder: Path, path: Path) -> None:
+    """The files of a folder, compressed: of many files a borrowed machine may give back few."""
+
+    def write(stream: BinaryIO) -> None:
+        with tarfile.open(fileobj=stream, mode="w:gz") as tar:
+            for one in sorted(folder.iterdir()):
+                tar.add(one, one.name)
+
+    atomic_write(path, write)
+
+
+def lacking() -> dict[str, str]:
+    """The operators that have no CUDA kernel that runs here, and why."""
+    report = next(sanitize.here(sorted(OPERATORS), "cpp", "cuda", few=True))
+    left_out: dict[str, str] = report["left_out"]
+    return left_out
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -85,6 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--within", type=float, default=WITHIN_S, help=f"seconds of all parts (default: {WITHIN_S:g})"
     )
+    parser.add_argument("--triton-only", action="store_true", help="go on where no CUDA kernels can run")
     settings = parser.parse_args(arguments)
     names = settings.only.split(",")
     if unknown := [name for name in names if name not in PARTS]:
@@ -92,18 +172,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("error: the GPU gate needs an NVIDIA GPU that torch can use, found none", file=sys.stderr)
         return 1
+    if not settings.triton_only and (without := lacking()):
+        why = "; ".join(sorted(set(without.values())))
+        print(f"error: no CUDA kernel of {', '.join(without)} ({why}); see --triton-only", file=sys.stderr)
+        return 1
+    begin = time.monotonic()
     settings.out.mkdir(parents=True, exist_ok=True)
     parts: list[dict[str, Any]] = []
     result = {**machine.facts("benchmarks.gate", arguments), "passed": False, "parts": parts}
-    begin = time.monotonic()
-    for name in names:
-        tested = any(part["name"] == "tests" and part["returncode"] == 0 for part in parts)
-        left_s = settings.within - (time.monotonic() - begin)
-        parts.append(run_part(name, settings.out, tested, left_s))
-        result["passed"] = len(parts) == len(names) and all(part["returncode"] == 0 for part in parts)
-        write_json(settings.out / "gate.json", result)
-        state = "passed" if parts[-1]["returncode"] == 0 else "FAILED"
-        print(f"{name}: {state} in {parts[-1]['seconds']} s", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        logs = Path(folder)
+        for number, name in enumerate(names, 1):
+            tested = any(part["name"] == "tests" and part["returncode"] == 0 for part in parts)
+            limit = limit_of(name, names[number:], settings.within - (time.monotonic() - begin))
+            try:
+                parts.append(run_part(name, limit, settings.out, logs, tested, settings.triton_only))
+            finally:
+                archive(logs, settings.out / LOGS)
+            result["passed"] = number == len(names) and all(part["returncode"] == 0 for part in parts)
+            write_json(settings.out / "gate.json", result)
+            state = "passed" if parts[-1]["returncode"] == 0 else "FAILED"
+            print(f"{name}: {state} in {parts[-1]['seconds']} s", flush=True)
     return 0 if result["passed"] else 1
 
 

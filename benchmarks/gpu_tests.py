@@ -17,12 +17,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from benchmarks import machine
 
 _MOST_JOBS = 8
 _NO_TESTS = 5
+_ONE_THREAD = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+"""Of each process: Inductor would start as many compilers in each as there are cores."""
 _INTERRUPTED_S = 10.0
 """In which pytest writes its results after an interruption."""
 
@@ -33,7 +36,7 @@ def start(words: Sequence[str], shard: int, jobs: int, out: Path) -> subprocess.
         return subprocess.Popen(
             [sys.executable, "-m", "pytest", *words, "--junitxml", str(out.resolve() / f"tests_{shard}.xml")],
             cwd=machine.ROOT,
-            env={**os.environ, "CISC_TESTS_SHARD": f"{shard}/{jobs}", "OMP_NUM_THREADS": "1"},
+            env={**os.environ, **_ONE_THREAD, "CISC_TESTS_SHARD": f"{shard}/{jobs}"},
             stdout=log,
             stderr=subprocess.STDOUT,
             # What a shell starts in the background ignores it, and so would this.
@@ -42,20 +45,23 @@ def start(words: Sequence[str], shard: int, jobs: int, out: Path) -> subprocess.
 
 
 def ended(processes: Sequence[subprocess.Popen[bytes]], limit_s: float | None) -> list[int]:
-    """Exit codes of all, interrupted at the limit."""
-    until = None if limit_s is None else time.monotonic() + limit_s
-    codes = []
+    """Exit codes of all; at the limit what still runs is interrupted, all of it at once."""
+    _wait(processes, limit_s)
     for process in processes:
-        try:
-            codes.append(process.wait(None if until is None else max(0.0, until - time.monotonic())))
-        except subprocess.TimeoutExpired:
+        if process.poll() is None:
             process.send_signal(signal.SIGINT)
-            try:
-                codes.append(process.wait(_INTERRUPTED_S))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                codes.append(process.wait())
-    return codes
+    _wait(processes, _INTERRUPTED_S)
+    for process in processes:
+        process.kill()  # nothing where it has ended
+    return [process.wait() for process in processes]
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]], limit_s: float | None) -> None:
+    """Until all have ended, or for that long."""
+    until = None if limit_s is None else time.monotonic() + limit_s
+    for process in processes:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(None if until is None else max(0.0, until - time.monotonic()))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

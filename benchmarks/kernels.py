@@ -6,7 +6,8 @@
 
 Refuses to run while the tests of these operators fail. Triton is measured on a GPU only. A contender is
 tried in a process of its own first, which counts its memory and ends it at a limit; then its result must
-agree with the reference's in float32; then all are timed in turn, each from a flushed cache.
+agree with the reference's in float32; then all are timed in turn, each from a flushed cache. --quick and
+--stop-after leave out the rivals that are slow to start.
 
 Columns: time_ms, the median, and time_min_ms, the least, of `runs`; tflops and gbps, the least operations and
 bytes the call needs (`Operator.cost`) over the median; share_of_ceiling, the larger of their times at the
@@ -22,7 +23,6 @@ forward.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import multiprocessing
 import os
 import re
@@ -76,6 +76,8 @@ class Settings:
     budget_s: float
     quick: bool
     threads: int
+    in_haste: str | None = None
+    """The flag by which rivals that are slow to start are left out."""
 
 
 def red(ops: Sequence[str], device: str = "cpu") -> str | None:
@@ -276,8 +278,8 @@ def _admit_rivals(
     left_out: dict[str, str] = {}
     for rival in rivals.RIVALS[case.operator.name]:
         try:
-            if settings.quick and rival.name in _SLOW_TO_START:
-                raise CannotRunError("left out by --quick")
+            if settings.in_haste and rival.name in _SLOW_TO_START:
+                raise CannotRunError(f"slow to start: left out by {settings.in_haste}")
             if rival.name == "compile" and (
                 case.workload.ladder
                 or case.dtype != torch.float32
@@ -485,13 +487,6 @@ def instruction_set() -> str | None:
     return str(_build.info()["instruction_set_in_use"])
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     flags = parse(arguments)
@@ -501,7 +496,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     if flags.threads:
         torch.set_num_threads(flags.threads)
-    settings = Settings(flags.device, flags.budget, flags.quick, torch.get_num_threads())
+    in_haste = "--quick" if flags.quick else "--stop-after" if flags.stop_after else None
+    settings = Settings(flags.device, flags.budget, flags.quick, torch.get_num_threads(), in_haste)
     cases = chosen_cases(flags)
     if flags.stop_after:  # each operator's first case, then each one's second
         cases = [key for _, key in sorted(_turns(cases), key=lambda one: one[0])]
@@ -510,7 +506,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     begin = time.monotonic()
     facts = machine.facts("benchmarks.kernels", arguments)
-    facts["versions"].update({name: _version(name) for name in _RIVAL_PACKAGES})
+    facts["versions"].update({name: machine.version(name) for name in _RIVAL_PACKAGES})
     dtypes = [name for name in DTYPES if name in {"float32", *(case[2] for case in cases)}]
     ceiling = ceilings.measured(dtypes, flags.device, size=512 if flags.quick else ceilings.GEMM_SIZE)
     rows: list[dict[str, Any]] = []

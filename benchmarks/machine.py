@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 import shlex
@@ -50,6 +51,14 @@ def _commit() -> str | None:
     return f"{commit}+dirty" if changed else commit
 
 
+def version(package: str) -> str | None:
+    """Of an installed package."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def _portable(word: str) -> str:
     """An argument without the folders of this machine."""
     return Path(word).name if Path(word).is_absolute() else word
@@ -73,6 +82,8 @@ def facts(module: str, arguments: Sequence[str]) -> dict[str, Any]:
             "numpy": np.__version__,
             "compiler": _first_line(os.environ.get("CXX", "c++"), "--version"),
             "cuda": torch.version.cuda,
+            "triton": version("triton"),
+            "driver": _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         },
         "commit": _commit(),
         "command": shlex.join(["python", "-m", module, *map(_portable, arguments)]),

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +64,11 @@ def peak_extra_mib(fn: Callable[[], Any], *, device: str = "cpu", warm_up: bool 
 
 
 def time_ms(fn: Callable[[], Any], *, device: str = "cpu") -> float:
-    """Milliseconds that one call takes, started after writing more than any cache holds."""
-    _flush(device).fill_(1)
+    """Milliseconds that one call takes, started after writing more than any cache holds; on a GPU also after
+    reading as much, or what is still to be written back would take its time from the call."""
+    _more_than_a_cache(device).fill_(1)
     if device == "cuda":
+        _more_than_a_cache(device, "read").sum()
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         fn()
@@ -101,10 +103,10 @@ def _most_rounds(times: Sequence[float]) -> int:
     return _LONG_ROUNDS if seconds > LONG_S else _SLOW_ROUNDS if seconds > SLOW_S else _MOST_ROUNDS
 
 
-@lru_cache(maxsize=1)
-def _flush(device: str) -> Tensor:
-    """More than any cache holds; kept, since touching new pages takes longer than writing."""
-    return torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device)
+@cache
+def _more_than_a_cache(device: str, use: str = "written") -> Tensor:
+    """A block for each use; kept, since touching new pages takes longer than writing."""
+    return torch.zeros(_FLUSH_BYTES, dtype=torch.uint8, device=device)
 
 
 def can_measure() -> bool:

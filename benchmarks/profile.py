@@ -114,11 +114,11 @@ def profiled(names: Sequence[str], limit_s: float) -> dict[str, Any]:
     ran = limited.run(words, limit_s)
     rows = rows_of(ran.output)
     facts = {"returncode": ran.returncode, "seconds": ran.seconds, "tail": ran.tail, "rows": rows}
+    if rows:
+        return {"outcome": "measured", "reason": None, **facts}
     why_not = nvidia_tools.forbidden(ran.output)
     if why_not is not None:
         return {"outcome": "skipped", "reason": why_not, **facts}
-    if rows:
-        return {"outcome": "measured", "reason": None, **facts}
     if ran.returncode is None:
         return {"outcome": "stopped", "reason": f"did not end within {limit_s:g} s", **facts}
     return {"outcome": "failed", "reason": f"ended with {ran.returncode}, and no launches", **facts}

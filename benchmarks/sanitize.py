@@ -43,8 +43,10 @@ SLOW = ("racecheck", "initcheck")
 LIMIT_S = 40.0
 DTYPES = (torch.float32, torch.bfloat16)
 ERRORS_FOUND = 86  # the tool's own exit status then
-_FOUND = r"^=+ (?:Invalid |Misaligned |Uninitialized |Error: Race )"
-"""What is printed at once, also where no summary comes."""
+_FOUND = r"^=+ (Invalid|Misaligned|Uninitialized|Error: Race|Program hit)\b"
+"""Kinds of what is printed at once, also where no summary comes."""
+_OF_API = "Program hit"
+"""An error that a call of CUDA gave back; the tool counts it as well."""
 _REPORT = "SANITIZED "
 _SHARE = 0.75  # of a limit, after which no further sample begins
 
@@ -118,16 +120,17 @@ def judged(tool: str, impl: str, ran: limited.Ran, limit_s: float) -> dict[str, 
     found = re.findall(rf"^{_REPORT}(.*)$", ran.output, flags=re.MULTILINE)
     report: dict[str, Any] = json.loads(found[-1]) if found else {}
     errors = reported(ran.output)
+    kinds = sorted(set(re.findall(_FOUND, ran.output, flags=re.MULTILINE)))
     why_not = nvidia_tools.forbidden(ran.output)
     calls, not_reached = report.get("calls", 0), report.get("samples_not_reached", 0)
     stopped = "partial" if (tool, impl) == OPTIONAL and calls else "stopped"
     outcome, reason = "clean", None
-    if why_not is not None:
+    if why_not is not None and not calls:
         outcome, reason, errors = "skipped", why_not, None
     elif errors:
-        outcome, reason = "errors", f"{errors} reported"
-    elif ran.returncode is None and re.search(_FOUND, ran.output, flags=re.MULTILINE):
-        outcome, reason = "errors", f"reported before the end of {limit_s:g} s"
+        outcome, reason = "errors", f"{errors} reported: {', '.join(kinds) or 'of no known kind'}"
+    elif ran.returncode is None and (wrong := [kind for kind in kinds if kind != _OF_API]):
+        outcome, reason = "errors", f"reported before the end of {limit_s:g} s: {', '.join(wrong)}"
     elif ran.returncode is None:
         outcome = stopped
         reason = f"did not end within {limit_s:g} s, {not_reached if report else 'all'} samples not reached"

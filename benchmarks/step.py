@@ -1,7 +1,7 @@
 """Time and memory of the method's two steps, against the published arithmetic.
 
     python -m benchmarks.step [--device cpu|cuda] [--crop 321 721] [--repeats N] [--threads N] [--json FILE]
-        [--full none|tiny|full]
+        [--full none|tiny|full] [--full-alone]
 
 rectify: the guide's prototypes, the query's CISC map, rectified cross-entropy; backward to the logits.
 consistency: prototypes, maps and consistency losses both ways; backward to the features of both.
@@ -17,7 +17,7 @@ time; memory_ratio, own extra_mib / published.
 
 On a GPU it then measures the step at full size, DeepLabV3+ with ResNet-101, against what is to be reached
 (benchmarks/full_step.py; "full" in the result), and exits 1 where a target is missed; `--full tiny` tries
-that at a small size and judges nothing.
+that at a small size and judges nothing, `--full-alone` measures nothing else.
 """
 
 from __future__ import annotations
@@ -333,6 +333,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--crop", type=int, nargs="+", default=list(NUM_CLASSES), help="label side, pixels")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each variant")
     parser.add_argument("--full", choices=("none", "tiny", "full"), help="default: full on a GPU, else none")
+    parser.add_argument("--full-alone", action="store_true", help="no crops: the full size alone")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--json", type=Path, help="result file (default: in benchmarks/results)")
     settings = parser.parse_args(arguments)
@@ -351,7 +352,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows: list[dict[str, Any]] = []
     result = {**machine.facts("benchmarks.step", arguments), "device": settings.device, "rows": rows}
     path = settings.json or machine.ROOT / f"benchmarks/results/step_{settings.device}.json"
-    for crop in settings.crop:
+    for crop in [] if settings.full_alone else settings.crop:
         for step in (*VARIANTS, "network"):
             try:
                 if step == "network":

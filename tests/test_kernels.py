@@ -1,10 +1,9 @@
-"""The kernels' benchmark: result files, what is refused or left out, how time is measured."""
+"""The kernels' benchmark: result files, what is refused or left out."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import time
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -250,6 +249,35 @@ def test_a_rival_that_cannot_run_is_listed(tmp_path: Path, monkeypatch: pytest.M
         assert "at the machine's rate" in reasons["long"]
 
 
+@pytest.mark.usefixtures("green")
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--quick"], "slow to start: left out by --quick"),
+        (["--stop-after", "600"], "slow to start: left out by --stop-after"),
+        ([], "tried"),
+    ],
+)
+def test_rivals_that_are_slow_to_start(
+    words: list[str], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where time is short, it goes to what is measured."""
+
+    def fails(case: cases.Case, whole: bool, chunk: int) -> cases.Call:
+        raise cases.CannotRunError("tried")
+
+    rates = {"flops": {"float32": 1.0}, "copy_gbps": 1.0}
+    monkeypatch.setattr(kernels.ceilings, "measured", lambda *_, **__: rates)
+    monkeypatch.setitem(rivals.RIVALS, "predict", (rivals.Rival("keops", fails),))
+    monkeypatch.setattr(kernels.Trials, "run", lambda *_: {"seconds": 0.0, "extra_mib": None})
+    monkeypatch.setattr(measure, "time_ms", lambda *_, **__: 1.0)
+    path = tmp_path / "k.json"
+    chosen = ["--op", "predict", "--workload", "image_128x256", "--impl", "reference"]
+    assert kernels.main([*chosen, *words, "--json", str(path)]) == 0
+    (row,) = json.loads(path.read_text())["rows"]
+    assert row["rivals_left_out"] == {"keops": reason}
+
+
 def test_the_winner_of_a_case() -> None:
     head = {"op": "predict", "workload": "pascal", "dtype": "float32", "pass": "forward"}
     rows = [{**head, "impl": impl, "time_ms": ms} for impl, ms in (("cpp", 3.0), ("triton", 2.0))]
@@ -266,14 +294,6 @@ def test_trials_end_what_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
         assert trials.run(key, kernels.Contender("reference", False), 1, 60.0)["seconds"] > 0
         with pytest.raises(cases.CannotRunError, match="a run takes"):
             trials.run(key, kernels.Contender("reference", False), 1, 1e-6)
-
-
-def test_what_is_slow_is_timed_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "time_ms", lambda call, device: call())
-    calls = [lambda ms=ms: ms for ms in (1.0, 600.0, 6000.0)]
-    assert [len(times) for times in measure.times_in_turn(calls, budget_s=0)] == [5, 3, 2]
-    assert [len(times) for times in measure.times_in_turn(calls, quick=True)] == [2, 2, 2]
-    assert len(measure.times_in_turn(calls[:1], budget_s=60)[0]) == 30
 
 
 def test_a_slow_run_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,7 +317,3 @@ def test_a_slow_run_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "SLOW_S", 0.0)
     kernels.trial(key, own, torch.get_num_threads(), 60.0)
     assert ran[3:] == [8, 32]
-
-
-def test_time_is_that_of_the_call() -> None:
-    assert 20 <= measure.time_ms(lambda: time.sleep(0.02)) < 500

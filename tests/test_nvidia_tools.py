@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import machine, nvidia_tools, profile, sanitize, targets
+from benchmarks import limited, machine, nvidia_tools, profile, sanitize, targets
 from benchmarks.aligned_samples import aligned_samples
 from cisc_ext.ops import _library
 from cisc_ext.ops.registry import OPERATORS
@@ -25,6 +26,13 @@ CLEAN = f"========= COMPUTE-SANITIZER\n{RAN}\n========= ERROR SUMMARY: 0 errors"
 WRONG = f"========= Invalid __global__ read of size 4 bytes\n{RAN}\n========= ERROR SUMMARY: 3 errors"
 RACE = f"{RAN}\n========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)"
 NO_RACE = f"{RAN}\n========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"
+OF_API = (
+    "========= Program hit cudaErrorStreamCaptureUnsupported (error 900) due to "
+    '"operation not permitted when stream is capturing" on CUDA API call to cudaMalloc.'
+)
+BOTH = (
+    f"========= Invalid __global__ read of size 4 bytes\n{OF_API}\n{RAN}\n========= ERROR SUMMARY: 2 errors"
+)
 FORBIDDEN = "========= Error: Device not supported\n========= ERROR SUMMARY: 2 errors"
 
 
@@ -60,6 +68,7 @@ def sanitized(tmp_path: Path, *words: str) -> tuple[int, list[dict[str, Any]]]:
         (NO_RACE, 0, "clean", 0, 0),
         (WRONG, 86, "errors", 3, 1),
         (RACE, 86, "errors", 1, 1),
+        (BOTH, 86, "errors", 2, 1),
         (FORBIDDEN, 1, "skipped", None, 0),
         ("==ERROR== ERR_NVGPUCTRPERM - the user may not", 1, "skipped", None, 0),
         (f"{NONE}\n========= ERROR SUMMARY: 0 errors", 0, "skipped", 0, 0),
@@ -78,6 +87,26 @@ def test_ends_of_the_sanitizer(
         assert (row["outcome"], row["errors"], row["returncode"]) == (outcome, errors, code)
         assert row["seconds"] >= 0 and row["tail"].strip() == said
         assert (row["reason"] is None) == (outcome == "clean")
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        (BOTH, "2 reported: Invalid, Program hit"),
+        (f"{OF_API}\n{OF_API}\n{RAN}\n========= ERROR SUMMARY: 2 errors", "2 reported: Program hit"),
+        (RACE, "1 reported: of no known kind"),
+    ],
+)
+def test_kinds_of_errors_are_named(said: str, reason: str) -> None:
+    """What a call of CUDA gave back is counted with what a kernel did."""
+    row = sanitize.judged("memcheck", "cpp", limited.Ran(86, said, 1.0), 30.0)
+    assert row["reason"] == reason
+
+
+def test_an_error_of_a_call_alone_is_no_error_of_what_was_stopped() -> None:
+    for said, outcome in ((f"{OF_API}\n{SOME}", "stopped"), (f"{WRONG.splitlines()[0]}\n{SOME}", "errors")):
+        row = sanitize.judged("memcheck", "cpp", limited.Ran(None, said, 1.0), 30.0)
+        assert row["outcome"] == outcome
 
 
 @pytest.mark.parametrize(
@@ -124,13 +153,56 @@ def test_slow_tools_have_fewer_samples(bin_folder: Path, tmp_path: Path) -> None
 
 
 def test_a_tool_without_end_is_stopped(bin_folder: Path, tmp_path: Path) -> None:
-    """Also what it has started; the last run, for which time may not do, is no failure then."""
+    """The last run, for which time may not do, is no failure then."""
     tool(bin_folder, "compute-sanitizer", RAN, 0, seconds=60)
     begin = time.monotonic()
     code, rows = sanitized(tmp_path, "--limit", "0.3")
     assert code == 1 and time.monotonic() - begin < 20
     assert [row["outcome"] for row in rows] == ["stopped", "stopped", "stopped", "partial"]
     assert all(row["returncode"] is None and row["calls"] == 12 for row in rows)
+
+
+STARTS = """trap '' TERM
+sh -c 'echo $$ > PATH; exec sleep 60' &
+"""
+"""A shell that does not end at SIGTERM, and what it has started; the words that wait for it follow."""
+NESTED = """import sys, types
+sys.modules["benchmarks.machine"] = types.SimpleNamespace(ROOT=".")
+from benchmarks import limited
+limited.run(["sh", "-c", sys.argv[1]], 60)
+"""
+"""Without torch, whose import takes seconds."""
+
+
+def ended(path: Path) -> bool:
+    """Whether the process of that id ends soon; it may still wait for its parent."""
+    pid = int(path.read_text())
+    for _ in range(100):
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.parametrize("then", ["wait", "sleep 0.5"])
+def test_what_a_command_has_started_ends_with_it(then: str, tmp_path: Path) -> None:
+    """At the limit, and where the command itself has ended before."""
+    path = tmp_path / "pid"
+    ran = limited.run(["sh", "-c", STARTS.replace("PATH", str(path)) + then], 2.0)
+    assert ran.returncode == (None if then == "wait" else 0)
+    assert ended(path)
+
+
+def test_a_command_within_a_command_ends_with_it(tmp_path: Path) -> None:
+    """Though it has a group of its own."""
+    path = tmp_path / "pid"
+    words = [sys.executable, "-c", NESTED, STARTS.replace("PATH", str(path)) + "wait"]
+    ran = limited.run(words, 6.0)
+    assert ran.returncode is None and ran.seconds < 6 + limited.GRACE_S
+    assert ended(path)
 
 
 @pytest.mark.parametrize("module", [sanitize, profile])
@@ -235,6 +307,7 @@ def test_ranges_are_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     ("said", "code", "outcome", "exit_code"),
     [
         (NCU, 0, "measured", 0),
+        (f'==ERROR== "operation not permitted when stream is capturing"\n{NCU}', 1, "measured", 0),
         (f"{NCU_HEAD}\n==ERROR== ERR_NVGPUCTRPERM - The user does not have permission", 1, "skipped", 0),
         ("==ERROR== Failed to initialize the profiler: LibraryNotLoaded", 1, "skipped", 0),
         ("Traceback: it broke", 1, "failed", 1),

@@ -80,7 +80,7 @@ def test_step_writes_its_result(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     result = json.loads(path.read_text())
     assert set(result["machine"]) == {"cpu", "isa", "cores", "memory_gib", "gpu"}
-    assert set(result["versions"]) == {"torch", "python", "numpy", "compiler", "cuda"}
+    assert set(result["versions"]) == {"torch", "python", "numpy", "compiler", "cuda", "triton", "driver"}
     assert result["threads"] == 1 and result["device"] == "cpu"
     assert result["command"].startswith("python -m benchmarks.step --crop 129")
     rows = {(row["step"], row["variant"]): row for row in result["rows"]}

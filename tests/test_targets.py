@@ -1,13 +1,7 @@
-"""What is asked of the kernels on a GPU: the arithmetic behind it, and the gate's parts around it."""
+"""What is asked of the kernels on a GPU: the arithmetic behind it."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import cases, first_call, gate, gpu_tests, machine, measure, profile, sanitize, targets
+from benchmarks import cases, first_call, measure, profile, sanitize, targets
 from cisc_ext.ops import _library
 from cisc_ext.ops._workloads import Size
 from cisc_ext.ops.registry import OPERATORS, Call, Found
@@ -257,108 +251,3 @@ def test_first_calls_are_of_every_mode() -> None:
     assert first_call.too_long([{**row, "forward_s": 2.1, "backward_s": 1.9}], 2.0) == [
         f"map_consistency {row['workload']} forward: 2.1 s, the limit is 2 s"
     ]
-
-
-TESTS = """
-import os
-import pytest
-
-@pytest.mark.parametrize("case", range(20))
-def test_one(case):
-    assert case != int(os.environ.get("BAD", "-1"))
-
-@pytest.mark.parametrize("case", range(20))
-def test_two(case):
-    pass
-"""
-
-
-def test_gpu_tests_are_shared_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "test_made.py").write_text(TESTS)
-    (tmp_path / "conftest.py").write_text((machine.ROOT / "tests" / "conftest.py").read_text())
-    out = tmp_path / "out"
-    options = ["-v", "-rf", "-p", "no:cacheprovider", str(tmp_path)]
-    words = ["--out", str(out), "--jobs", "3", "--", *options]
-    assert gpu_tests.main(words) == 0
-    logs = [(out / f"tests_{shard}.log").read_text() for shard in range(3)]
-    ran = [{line.split()[0].split("::")[1] for line in log.splitlines() if "PASSED" in line} for log in logs]
-    assert sum(map(len, ran)) == 40 and len(set.union(*ran)) == 40 and all(ran)
-    for of_shard in ran:
-        of = [
-            {name.partition("[")[2] for name in of_shard if name.startswith(test)}
-            for test in ("test_one", "test_two")
-        ]
-        assert of[0] == of[1], "the tests of a case are in the same process"
-    monkeypatch.setenv("BAD", "7")
-    capsys.readouterr()
-    assert gpu_tests.main(words) == 1
-    assert "test_one[7]" in capsys.readouterr().out
-    assert gpu_tests.main([*words[:4], "--", "-m", "cuda", str(tmp_path)]) == 1, "no test is no green test"
-
-
-def test_gpu_tests_that_do_not_end_are_interrupted(tmp_path: Path) -> None:
-    """With their results until then."""
-    (tmp_path / "test_made.py").write_text(
-        "import time\ndef test_good(): pass\ndef test_bad(): assert False\ndef test_slow(): time.sleep(60)\n"
-    )
-    options = ["-p", "no:cacheprovider", "-rf", str(tmp_path)]
-    out = tmp_path / "out"
-    begin = time.monotonic()
-    assert gpu_tests.main(["--out", str(out), "--jobs", "1", "--limit", "12", "--", *options]) == 1
-    assert time.monotonic() - begin < 40
-    assert "FAILED" in (out / "tests_0.log").read_text() and (out / "tests_0.xml").is_file()
-
-
-def test_kernels_are_tested_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the part before; where that failed or did not run, by themselves."""
-    commands = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(machine, "facts", lambda *_: {})
-    show = ("json.tool", "{tested}", "{out}/none")
-    for tests in (("this",), ("json.tool", "{out}/none")):
-        monkeypatch.setattr(gate, "PARTS", {"tests": (tests, 60), "kernels": (show, 60)})
-        assert gate.main(["--out", str(tmp_path)]) == 1
-        commands.append(json.loads((tmp_path / "gate.json").read_text())["parts"][1]["command"])
-    assert ["--tested" in command for command in commands] == [True, False]
-
-
-def test_the_gates_commands_are_right() -> None:
-    """All that the parts name exists, though no GPU is here to run them."""
-    code = (
-        "import sys, torch; torch.cuda.is_available = lambda: True;"
-        "from benchmarks import kernels; print(len(kernels.chosen_cases(kernels.parse(sys.argv[1:]))))"
-    )
-    words = [word.format(out="o", tested="--tested") for word in gate.PARTS["kernels"][0][1:]]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *words],
-        cwd=machine.ROOT,
-        env={**os.environ, "PYTHONPATH": str(machine.ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) > 30
-    assert gate.WITHIN_S == 480 and gate.PARTS["tests"][1] <= gate.WITHIN_S / 2
-    for name in ("sanitizer", "profile"):
-        of_part, limit_s = gate.PARTS[name]
-        times = len(sanitize.RUNS) if name == "sanitizer" else 1
-        assert times * int(of_part[of_part.index("--limit") + 1]) + 10 <= limit_s
-    for of_part, _ in gate.PARTS.values():
-        assert importlib.util.find_spec(of_part[0]) is not None
-
-
-def test_the_gate_ends_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A part gets what is left of the whole; one without time is there as failed."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(machine, "facts", lambda *_: {})
-    monkeypatch.setattr(gate, "_LEAST_S", 1.0)
-    slow = ("timeit", "-n1", "-r1", "import time; time.sleep(60)")
-    monkeypatch.setattr(gate, "PARTS", {"slow": (slow, 60), "late": (("this",), 60)})
-    begin = time.monotonic()
-    assert gate.main(["--out", str(tmp_path), "--within", "2.5"]) == 1
-    assert time.monotonic() - begin < 20
-    slow_part, late = json.loads((tmp_path / "gate.json").read_text())["parts"]
-    assert slow_part["returncode"] is None and slow_part["limit_s"] == 2
-    assert late["returncode"] is None and late["tail"].startswith("not begun")
