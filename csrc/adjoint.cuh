@@ -1,10 +1,16 @@
-// A warp's way down a band of cells (walk.h), and the adjoint of the upsampling.
+// A warp's way down a band of cells (walk.h), the adjoint of the upsampling, and how losses are launched.
 #pragma once
+
+#include <algorithm>
+#include <type_traits>
 
 #include "cells.cuh"
 #include "walk.h"
 
 namespace cisc::cells {
+
+constexpr int64_t kWarps = 8;       // that keep a multiprocessor busy
+constexpr int kSmallPieceSide = 2;  // kPieceSide where cells have no more pixels
 
 // Pieces of kPixels of the longest cell of the warp, at least one.
 template <int kPixels>
@@ -69,11 +75,16 @@ struct Carry {
   float* memory;  // [planes,32], twice unless the walk is of whole cells
   int64_t half;   // from the one to the other
 
-  static int64_t bytes(const Walk& walk, int64_t planes) {
-    return 4 * kLanes * planes * (walk.whole ? 1 : 2);
+  // Floats of a warp.
+  CISC_HD static int64_t floats(const Walk& walk, int64_t planes) {
+    return kLanes * planes * (walk.whole ? 1 : 2);
   }
 
-  __device__ __forceinline__ static Carry of(const Walk& walk, int64_t planes, float* warp) {
+  // Of a block, which is a warp: its part of the workspace, or without one its shared memory.
+  __device__ __forceinline__ static Carry of(const Walk& walk, int64_t planes, float* workspace,
+                                             unsigned char* shared) {
+    float* const warp = workspace != nullptr ? workspace + blockIdx.x * floats(walk, planes)
+                                             : reinterpret_cast<float*>(shared);
     return {warp + threadIdx.x % kLanes, walk.whole ? 0 : kLanes * planes};
   }
 };
@@ -148,6 +159,65 @@ struct State {
 };
 constexpr int64_t kStateWords = 3;
 
+// What a walk is for; a histogram is of what OHEM chooses by.
+enum class Mode { loss, gradient, histogram };
+
+// What the kernels of a loss have in common.
+struct LossKernel {
+  Walk walk;
+  int64_t planes;
+  Labels labels;
+  int64_t ignore_index;
+  Classes classes;
+  float* carry;  // [blocks, of a warp], or null where it is in shared memory
+  State* state;
+  double* partial;  // [partials]
+  float* grad;      // [B,planes,h,w]
+};
+
+// Go through the pieces of a task: f(corners, piece, counts, passage, gradient) returns the loss of a
+// thread's pixels, which is summed where it counts. The sums, multiplied by `share`, go to p.partial; what
+// `passage` writes is multiplied by `factor`. A whole warp.
+template <Mode kMode, int kPixels, typename T, typename Function>
+__device__ __forceinline__ void walk_pieces(const LossKernel& p, const Task& task, const Maps<T>& maps,
+                                            const Carry& carry, float factor, double share,
+                                            const Function& f) {
+  const Walk& walk = p.walk;
+  const Column column = Column::of(walk, task, static_cast<int>(threadIdx.x));
+  const int pieces_x = pieces_of_warp<kPixels>(column);
+  double total = 0.0;
+  bool before = false;
+  for (int64_t at = task.begin > 0 ? task.begin - walk.shared : 0; at < task.end; ++at) {
+    const int top = static_cast<int>(walk.rows.first(at)), bottom = static_cast<int>(walk.rows.first(at + 1));
+    const int pieces_y = bottom - top > kPixels ? (bottom - top + kPixels - 1) / kPixels : 1;
+    const Corners corners = Corners::of_points(maps, at, walk.rows.next(at), column.left, column.right);
+    const bool counts = column.counts && at >= task.begin;
+    Passage passage = Passage::of(walk, carry, column, at, at >= task.begin, factor);
+    float* gradient = nullptr;
+    if (kMode == Mode::gradient) {
+      gradient = held(p.grad + ((task.image * p.planes * walk.rows.n + at) * walk.columns.n + column.cell));
+    }
+    for (int piece_y = 0; piece_y < pieces_y; ++piece_y) {
+      for (int piece_x = 0; piece_x < pieces_x; ++piece_x) {
+        passage.before = before;
+        passage.first = piece_y == 0 && piece_x == 0;
+        passage.last = piece_y + 1 == pieces_y && piece_x + 1 == pieces_x;
+        const float loss = f(corners,
+                             piece_of<kPixels>(walk, column, at, top + piece_y * kPixels, bottom,
+                                               column.first + piece_x * kPixels),
+                             counts, passage, gradient);
+        total += counts ? static_cast<double>(loss) : 0.0;
+        before = true;
+      }
+    }
+    if (kMode != Mode::histogram && at >= task.begin && task.ends(walk, at)) {
+      total = warp_sum(total);
+      if (threadIdx.x == 0) p.partial[task.partial(walk, at)] = total * share;
+      total = 0.0;
+    }
+  }
+}
+
 // Whether this thread's share of an image's classes, of a warp's, has one that is neither -1 nor in [0,
 // limit).
 __device__ __forceinline__ bool any_wrong(const Classes& classes, int64_t image, int64_t limit) {
@@ -159,6 +229,11 @@ __device__ __forceinline__ bool any_wrong(const Classes& classes, int64_t image,
   return found;
 }
 
+// The same for the first task of an image; false for the others.
+__device__ __forceinline__ bool any_wrong(const Classes& classes, const Task& task, int64_t limit) {
+  return task.tile == 0 && task.begin == 0 && any_wrong(classes, task.image, limit);
+}
+
 // What the loss and its gradient are divided by.
 enum class Divisor : int32_t { given, counted, kept };
 
@@ -168,9 +243,8 @@ constexpr int kFinishThreads = 512, kCountThreads = 256;
 constexpr int kCountPack = 16;
 
 // Wrong classes, where there are no pixels in whose walk they would be found.
-__global__ void __launch_bounds__(kLanes)
-    classes_kernel(Classes classes, int64_t batch, int64_t limit, State* state) {
-  for (int64_t image = blockIdx.x; image < batch; image += gridDim.x) {
+__global__ void __launch_bounds__(kLanes) classes_kernel(Classes classes, int64_t limit, State* state) {
+  for (int64_t image = blockIdx.x; image < classes.batch; image += gridDim.x) {
     if (any_wrong(classes, image, limit)) state->wrong = 1;  // whoever writes, the same
   }
 }
@@ -256,20 +330,51 @@ inline void launch_finish(const Gpu& gpu, const double* partial, int64_t partial
              state, by, given, divides, loss, values, n);
 }
 
-// The carry of a kernel with a gradient: in shared memory where it leaves room for enough warps beside each
-// other, else in a workspace, which holds it for all blocks that run at a time.
-struct CarryPlan {
-  int64_t shared;     // bytes of a block
-  int64_t blocks;     // of a launch, each a warp
-  int64_t workspace;  // floats
+// The loss of no pixels, and its gradient of zeros; both NaN where a class is wrong.
+inline void launch_empty(const Gpu& gpu, const Classes& classes, int64_t limit, State* state,
+                         // outputs
+                         Tensor* loss, Tensor* grad) {
+  gpu.launch(classes_kernel, std::min<int64_t>(classes.batch, 1024), kLanes, 0, classes, limit, state);
+  launch_finish(gpu, nullptr, 0, state, Divisor::given, 1.0, false, data_of<float>(*loss),
+                data_of<float>(*grad), grad->numel());
+}
 
-  static CarryPlan of(const Gpu& gpu, const Walk& walk, int64_t planes) {
-    constexpr int64_t beside = 8, most = int64_t{32} << 20, grid = 1 << 20;
-    const int64_t bytes = Carry::bytes(walk, planes);
-    const int64_t blocks = std::min(walk.tasks(), grid);
-    if (bytes <= gpu.shared_bytes() / beside) return {bytes, blocks, 0};
-    const int64_t fitting = std::min(blocks, std::max<int64_t>(most / bytes, 1));
-    return {0, fitting, fitting * bytes / 4};
+// How a loss is launched. The carry of a gradient is in shared memory where it leaves room for enough warps
+// beside each other, else in a workspace, which holds it for all blocks that run at a time.
+struct WalkPlan {
+  Walk walk;
+  bool small;      // pieces of kSmallPieceSide
+  int64_t shared;  // bytes of a block
+  int64_t blocks;  // of a launch, each a warp
+  Tensor carry;    // of all blocks, float32, or [0]
+  Tensor partial;  // [partials] float64; of a histogram, [0]
+
+  // maps: [B,planes,h,w]
+  static WalkPlan of(const Gpu& gpu, const Tensor& maps, const Axis& rows, const Axis& columns,
+                     bool align_corners, Mode mode) {
+    constexpr int64_t most = int64_t{32} << 20, grid = 1 << 20;
+    const bool small = !exceeds(rows, columns, kSmallPieceSide), gradient = mode == Mode::gradient;
+    const Walk walk = walk_of(rows, columns, align_corners, maps.size(0), gradient,
+                              small ? kSmallPieceSide : kPieceSide, gpu.multiprocessors(), kWarps);
+    const int64_t floats = gradient ? Carry::floats(walk, maps.size(1)) : 0, bytes = 4 * floats;
+    const bool fits = bytes <= gpu.shared_bytes() / kWarps;
+    int64_t blocks = std::min(walk.tasks(), grid);
+    if (!fits) blocks = std::min(blocks, std::max<int64_t>(most / bytes, 1));
+    return {walk,
+            small,
+            fits ? bytes : 0,
+            blocks,
+            device_empty(maps, {fits ? 0 : blocks * floats}, ScalarType::Float),
+            device_empty(maps, {mode == Mode::histogram ? 0 : walk.partials()}, ScalarType::Double)};
+  }
+
+  float* workspace() { return carry.numel() > 0 ? data_of<float>(carry) : nullptr; }
+
+  // f(integral constant of the side of a piece)
+  template <typename Function>
+  void with_side(const Function& f) const {
+    if (small) return f(std::integral_constant<int, kSmallPieceSide>{});
+    return f(std::integral_constant<int, kPieceSide>{});
   }
 };
 

@@ -1,4 +1,4 @@
-// A thread's piece of a cell of upsampled maps: at most kMost x kMost pixels between four corners. See
+// A thread's piece of a cell of upsampled maps: at most kPixels x kPixels pixels between four corners. See
 // cells.h.
 #pragma once
 
@@ -134,20 +134,6 @@ __device__ __forceinline__ void interpolate(const Square& s, const Piece<kPixels
   }
 }
 
-// The same by differences, a product and a sum less: for values of which none is infinite. What is not finite
-// gives NaN.
-template <int kPixels, typename Function>
-__device__ __forceinline__ void interpolate_finite(const Square& s, const Piece<kPixels>& piece,
-                                                   const Function& f) {
-  const float left = s.c - s.a, right = s.d - s.b;
-#pragma unroll
-  for (int i = 0; i < kPixels; ++i) {
-    const float west = fmaf(left, piece.fy[i], s.a), across = fmaf(right, piece.fy[i], s.b) - west;
-#pragma unroll
-    for (int j = 0; j < kPixels; ++j) f(i, j, fmaf(across, piece.fx[j], west));
-  }
-}
-
 template <int kPixels, typename L, typename Function>
 __device__ __forceinline__ void typed_labels(const L* row, const Labels& labels, const Piece<kPixels>& piece,
                                              int64_t ignore_index, const Function& f) {
@@ -181,5 +167,22 @@ __device__ __forceinline__ void for_labels(const Labels& labels, int64_t image, 
       return typed_labels(static_cast<const int64_t*>(labels.data) + corner, labels, piece, ignore_index, f);
   }
 }
+
+// Counts of equal numbers that follow each other.
+struct Run {
+  int32_t number = -1;
+  uint32_t count = 0;
+
+  // flush(number, count) of those before a new number; what is below 0 is not counted.
+  template <typename Flush>
+  __device__ __forceinline__ void add(int32_t next, const Flush& flush) {
+    if (next != number) {
+      if (number >= 0) flush(number, count);
+      number = next;
+      count = 0;
+    }
+    ++count;
+  }
+};
 
 }  // namespace cisc::cells

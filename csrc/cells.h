@@ -12,7 +12,7 @@
 
 namespace cisc::cells {
 
-constexpr int kMost = 4;  // pixels of a piece of a cell along an axis: what a thread has in registers
+constexpr int kPieceSide = 4;  // pixels of a piece of a cell along an axis: what a thread has in registers
 
 // An axis that brings n inputs to m outputs: output i lies at (i * step + shift) / whole, not below 0.
 struct Axis {
@@ -27,7 +27,7 @@ struct Axis {
       axis.whole = m > 1 ? m - 1 : 1;
     }
     const int64_t shift = axis.shift < 0 ? -axis.shift : axis.shift;
-    axis.narrow = (m + kMost) * axis.step + shift + (n + 1) * axis.whole < (int64_t{1} << 31);
+    axis.narrow = (m + kPieceSide) * axis.step + shift + (n + 1) * axis.whole < (int64_t{1} << 31);
     return axis;
   }
 

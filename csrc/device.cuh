@@ -147,6 +147,7 @@ __device__ __forceinline__ void write_pack(T* to, const Pack<T, n>& pack) {
 __device__ __forceinline__ float select(bool condition, float a, float b) { return condition ? a : b; }
 __device__ __forceinline__ bool less(float a, float b) { return a < b; }
 __device__ __forceinline__ bool at_most(float a, float b) { return a <= b; }
+__device__ __forceinline__ float log(float a) { return logf(a); }
 // NaN where b is NaN
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
 __device__ __forceinline__ float min(float a, float b) {
@@ -183,6 +184,9 @@ __device__ __forceinline__ float fast_quotient(float a, float b) {
   return __fdividef(a, b);
 #endif
 }
+
+// The quotient of pixel_loss.h.
+__device__ __forceinline__ float quotient(float a, float b) { return fast_quotient(a, b); }
 
 // a / b all but rounded to nearest: what the fast quotient has missed is added.
 __device__ __forceinline__ float close_quotient(float a, float b) {
@@ -299,6 +303,14 @@ inline Tensor device_empty(const Tensor& like, const std::vector<int64_t>& size,
 
 inline Tensor device_zeros(const Tensor& like, const std::vector<int64_t>& size, ScalarType dtype) {
   return torch::stable::new_zeros(like, {size.data(), size.size()}, dtype);
+}
+
+// A gradient of the shape of `like` if `wanted`, else no elements; float32, not filled.
+inline Tensor device_gradient(const Tensor& like, bool wanted) {
+  const auto shape = like.sizes();
+  return device_empty(like,
+                      wanted ? std::vector<int64_t>(shape.begin(), shape.end()) : std::vector<int64_t>{0},
+                      ScalarType::Float);
 }
 
 template <typename T>

@@ -6,22 +6,12 @@
 // labels, are 12 MB, 3 us. How many pixels count is known only at the end: the gradient, of low resolution,
 // is divided then.
 
-#include <algorithm>
 #include <tuple>
 
 #include "adjoint.cuh"
 #include "map_consistency_arguments.h"
-#include "tensors.h"
-
-namespace cisc {
-
-// What pixel_loss.h asks for beside what device.cuh has.
-__device__ __forceinline__ float log(float a) { return logf(a); }
-__device__ __forceinline__ float quotient(float a, float b) { return fast_quotient(a, b); }
-
-}  // namespace cisc
-
 #include "pixel_loss.h"
+#include "tensors.h"
 
 namespace cisc::map_consistency {
 
@@ -30,34 +20,20 @@ namespace {
 using cells::Adjoint;
 using cells::Axis;
 using cells::Carry;
-using cells::CarryPlan;
-using cells::Column;
 using cells::Corners;
 using cells::Divisor;
 using cells::kLanes;
-using cells::kMost;
+using cells::kWarps;
 using cells::Maps;
+using cells::Mode;
 using cells::Passage;
 using cells::Piece;
 using cells::Square;
 using cells::State;
-using cells::Walk;
+using cells::WalkPlan;
+using Kernel = cells::LossKernel;
 
-constexpr int64_t kWarps = 8;  // that keep a multiprocessor busy
-constexpr int kSmall = 2;      // pixels of a piece along an axis where cells have no more
 constexpr int kFound = INT32_MAX, kOther = kFound - 1;  // of labels from kOther on, and of those below 0
-
-struct Kernel {
-  Walk walk;
-  int64_t maps;  // S
-  Labels labels;
-  int64_t ignore_index;
-  Classes classes;
-  float* carry;  // [blocks, of a warp], or null where it is in shared memory
-  State* state;
-  double* partial;  // [partials]
-  float* grad;      // [B,S,h,w], not divided yet
-};
 
 // The label of each pixel of a piece; -1 where there is none or it is ignored.
 template <int n>
@@ -91,44 +67,23 @@ __device__ __forceinline__ void find_large(const Kernel& p, int64_t image, const
   }
 }
 
-template <typename T, int n, bool kGradient>
+template <typename T, int n, Mode kMode>
 __global__ void __launch_bounds__(kLanes, kWarps) consistency_kernel(Maps<T> similarity, Kernel p) {
   CISC_DYNAMIC_SHARED(memory);
-  const Walk& walk = p.walk;
-  const int64_t floats = kLanes * p.maps * (walk.whole ? 1 : 2), points = walk.rows.n * walk.columns.n;
-  const Carry carry = Carry::of(
-      walk, p.maps, p.carry != nullptr ? p.carry + blockIdx.x * floats : reinterpret_cast<float*>(memory));
+  const Carry carry = Carry::of(p.walk, p.planes, p.carry, memory);
+  const int64_t points = p.walk.rows.n * p.walk.columns.n;
   int64_t counted = 0;
   bool wrong = false;
-  for (int64_t number = blockIdx.x; number < walk.tasks(); number += gridDim.x) {
-    const cells::Task task = cells::Task::of(walk, number);
+  for (int64_t number = blockIdx.x; number < p.walk.tasks(); number += gridDim.x) {
+    const cells::Task task = cells::Task::of(p.walk, number);
     const T* const image = similarity.data + task.image * similarity.stride_b;
-    const Column column = Column::of(walk, task, static_cast<int>(threadIdx.x));
-    const int pieces_x = cells::pieces_of_warp<n>(column);
-    if (task.tile == 0 && task.begin == 0)
-      wrong = cells::any_wrong(p.classes, task.image, INT64_MAX) || wrong;
+    wrong = cells::any_wrong(p.classes, task, INT64_MAX) || wrong;
     int valid = 0;
-    for (int64_t slot = 0; slot < p.maps; ++slot) valid += p.classes.at(task.image, slot) >= 0;
+    for (int64_t slot = 0; slot < p.planes; ++slot) valid += p.classes.at(task.image, slot) >= 0;
     const float share = 1.0f / static_cast<float>(valid > 0 ? valid : 1);
-    double total = 0.0;
-    bool before = false;
-    for (int64_t at = task.begin > 0 ? task.begin - walk.shared : 0; at < task.end; ++at) {
-      const int top = static_cast<int>(walk.rows.first(at)),
-                bottom = static_cast<int>(walk.rows.first(at + 1));
-      const int pieces_y = bottom - top > n ? (bottom - top + n - 1) / n : 1;
-      const Corners corners =
-          Corners::of_points(similarity, at, walk.rows.next(at), column.left, column.right);
-      const bool counts = column.counts && at >= task.begin;
-      Passage passage = Passage::of(walk, carry, column, at, at >= task.begin, share);
-      float* gradient = nullptr;
-      if (kGradient) {
-        gradient = held(p.grad + ((task.image * p.maps * walk.rows.n + at) * walk.columns.n + column.cell));
-      }
-      float row_loss = 0.0f;
-      for (int piece_y = 0; piece_y < pieces_y; ++piece_y) {
-        for (int piece_x = 0; piece_x < pieces_x; ++piece_x) {
-          const Piece<n> piece =
-              cells::piece_of<n>(walk, column, at, top + piece_y * n, bottom, column.first + piece_x * n);
+    cells::walk_pieces<kMode, n>(
+        p, task, similarity, carry, share, static_cast<double>(share),
+        [&](const Corners& corners, const Piece<n>& piece, bool counts, Passage passage, float* gradient) {
           int code[n][n];
           read_codes(p, task.image, piece, code);
           int here = 0;
@@ -138,11 +93,8 @@ __global__ void __launch_bounds__(kLanes, kWarps) consistency_kernel(Maps<T> sim
             for (int j = 0; j < n; ++j) here += code[i][j] >= 0;
           }
           counted += counts ? here : 0;
-          passage.before = before;
-          passage.first = piece_y == 0 && piece_x == 0;
-          passage.last = piece_y + 1 == pieces_y && piece_x + 1 == pieces_x;
-          Passage at_slot = passage;
-          for (int64_t slot = 0; slot < p.maps; ++slot) {
+          float total = 0.0f;
+          for (int64_t slot = 0; slot < p.planes; ++slot) {
             const int64_t target = p.classes.at(task.image, slot);
             Adjoint<n> adjoint;
             if (target >= 0) {
@@ -157,24 +109,15 @@ __global__ void __launch_bounds__(kLanes, kWarps) consistency_kernel(Maps<T> sim
                 const float one = binary_cross_entropy(is_class, value, 0.0f, 1.0f, &slope[j]);
                 loss += kept ? one : 0.0f;
                 slope[j] = kept ? slope[j] : 0.0f;
-                if (kGradient && j == n - 1) adjoint.add(piece, i, slope);
+                if (kMode == Mode::gradient && j == n - 1) adjoint.add(piece, i, slope);
               });
               if (large) find_large(p, task.image, piece, target, true, code);
-              row_loss += counts ? loss : 0.0f;
+              total += loss;
             }
-            if (kGradient) at_slot.pass(adjoint.sums, gradient + slot * points);
+            if (kMode == Mode::gradient) passage.pass(adjoint.sums, gradient + slot * points);
           }
-          before = true;
-          total += static_cast<double>(row_loss);
-          row_loss = 0.0f;
-        }
-      }
-      if (at >= task.begin && task.ends(walk, at)) {
-        total = warp_sum(total);
-        if (threadIdx.x == 0) p.partial[task.partial(walk, at)] = total * static_cast<double>(share);
-        total = 0.0;
-      }
-    }
+          return total;
+        });
   }
   if (wrong) p.state->wrong = 1;  // whoever writes, the same
   counted = warp_sum(counted);
@@ -194,49 +137,39 @@ std::tuple<Tensor, Tensor> cuda_forward(const Tensor& similarity, const Tensor& 
   check_same_device(kName, "labels", labels, similarity);
   check_same_device(kName, "classes", classes, similarity);
   check_class_values(kName, classes);
-  const int64_t batch = similarity.size(0), maps = similarity.size(1), height = labels.size(1),
-                width = labels.size(2);
+  const int64_t maps = similarity.size(1), height = labels.size(1), width = labels.size(2);
   const bool empty = labels.numel() == 0 || maps == 0;
+  if (!empty) check_sides(kName, similarity, height, width);
   Tensor state = device_zeros(similarity, {cells::kStateWords}, ScalarType::Long);
   Tensor loss = device_empty(similarity, {}, ScalarType::Float);
   auto* const shared = static_cast<State*>(state.mutable_data_ptr());
+  Tensor grad = empty ? gradient_like(similarity, need_grad) : device_gradient(similarity, need_grad);
   if (empty) {
-    Tensor grad = gradient_like(similarity, need_grad);
-    gpu.launch(cells::classes_kernel, std::min<int64_t>(batch, 1024), kLanes, 0, classes_of(classes), batch,
-               INT64_MAX, shared);
-    cells::launch_finish(gpu, nullptr, 0, shared, Divisor::given, 1.0, false, data_of<float>(loss),
-                         data_of<float>(grad), grad.numel());
+    cells::launch_empty(gpu, classes_of(classes), INT64_MAX, shared, &loss, &grad);
     return {loss, grad};
   }
-  check_sides(kName, similarity, height, width);
-  Tensor grad = need_grad ? device_empty(similarity, {batch, maps, similarity.size(2), similarity.size(3)},
-                                         ScalarType::Float)
-                          : device_empty(similarity, {0}, ScalarType::Float);
-  const Axis rows = Axis::of(similarity.size(2), height, false),
-             columns = Axis::of(similarity.size(3), width, false);
-  const bool small = !cells::exceeds(rows, columns, kSmall);
-  const Walk walk = cells::walk_of(rows, columns, false, batch, need_grad, small ? kSmall : kMost,
-                                   gpu.multiprocessors(), kWarps);
-  const CarryPlan plan = CarryPlan::of(gpu, walk, need_grad ? maps : 0);
-  Tensor carry = device_empty(similarity, {plan.workspace}, ScalarType::Float);
-  Tensor partial = device_empty(similarity, {walk.partials()}, ScalarType::Double);
-  const Kernel kernel{walk,
-                      maps,
-                      read_labels(labels),
-                      ignore_index,
-                      classes_of(classes),
-                      plan.workspace > 0 ? data_of<float>(carry) : nullptr,
-                      shared,
-                      data_of<double>(partial),
-                      need_grad ? data_of<float>(grad) : nullptr};
+  WalkPlan plan = WalkPlan::of(gpu, similarity, Axis::of(similarity.size(2), height, false),
+                               Axis::of(similarity.size(3), width, false), false,
+                               need_grad ? Mode::gradient : Mode::loss);
+  Kernel kernel{};
+  kernel.walk = plan.walk;
+  kernel.planes = maps;
+  kernel.labels = read_labels(labels);
+  kernel.ignore_index = ignore_index;
+  kernel.classes = classes_of(classes);
+  kernel.carry = plan.workspace();
+  kernel.state = shared;
+  kernel.partial = data_of<double>(plan.partial);
+  kernel.grad = data_of<float>(grad);
   with_float(float_kind(similarity.scalar_type()), [&](auto type) {
     using T = decltype(type);
-    const auto with = small ? consistency_kernel<T, kSmall, true> : consistency_kernel<T, kMost, true>;
-    const auto without = small ? consistency_kernel<T, kSmall, false> : consistency_kernel<T, kMost, false>;
-    gpu.launch(need_grad ? with : without, plan.blocks, kLanes, plan.shared, cells::maps_of<T>(similarity),
-               kernel);
+    plan.with_side([&](auto side) {
+      constexpr int n = decltype(side)::value;
+      gpu.launch(need_grad ? consistency_kernel<T, n, Mode::gradient> : consistency_kernel<T, n, Mode::loss>,
+                 plan.blocks, kLanes, plan.shared, cells::maps_of<T>(similarity), kernel);
+    });
   });
-  cells::launch_finish(gpu, kernel.partial, walk.partials(), shared, Divisor::counted, 1.0, need_grad,
+  cells::launch_finish(gpu, kernel.partial, plan.partial.numel(), shared, Divisor::counted, 1.0, need_grad,
                        data_of<float>(loss), data_of<float>(grad), grad.numel());
   return {loss, grad};
 }

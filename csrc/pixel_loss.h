@@ -1,8 +1,8 @@
 // Losses of one pixel, forward and backward. Shared by host and device code; needs no torch header.
 //
 // Written for any arithmetic type T that has +, -, *, / and, declared before this file is included,
-// select(mask, a, b), less(a, b), at_most(a, b), min, max, log and quotient(a, b): a float of the device, or
-// a vector of the host (simd.h).
+// select(mask, a, b), less(a, b), at_most(a, b), min, max, log and quotient(a, b): a float of the device
+// (device.cuh), or a vector of the host (simd.h).
 #pragma once
 
 #include "bilinear.h"

@@ -17,7 +17,7 @@ namespace {
 
 using cells::Axis;
 using cells::Corners;
-using cells::kMost;
+using cells::kPieceSide;
 using cells::Maps;
 using cells::Piece;
 using cells::Square;
@@ -38,34 +38,19 @@ struct Kernel {
   int* invalid;                   // set where a label is neither a class nor ignored
 };
 
-// Counts of one pair of classes that follow each other.
-struct Run {
-  int32_t pair = -1;
-  uint32_t count = 0;
-
-  template <typename Flush>
-  __device__ __forceinline__ void add(int32_t next, const Flush& flush) {
-    if (next != pair) {
-      if (pair >= 0) flush(pair, count);
-      pair = next;
-      count = 0;
-    }
-    ++count;
-  }
-};
-
 // Best class of each pixel of a piece: the lowest of equals. Where NaN may be among the values (`careful`),
 // the first of these.
 template <bool careful, typename T>
 __device__ __forceinline__ void best_classes(const T* image, int64_t planes, int64_t stride_k,
-                                             const Corners& at, const Piece<kMost>& piece, bool* not_finite,
+                                             const Corners& at, const Piece<kPieceSide>& piece,
+                                             bool* not_finite,
                                              // outputs
-                                             int (&found)[kMost][kMost]) {
-  float best[kMost][kMost];
+                                             int (&found)[kPieceSide][kPieceSide]) {
+  float best[kPieceSide][kPieceSide];
 #pragma unroll
-  for (int i = 0; i < kMost; ++i) {
+  for (int i = 0; i < kPieceSide; ++i) {
 #pragma unroll
-    for (int j = 0; j < kMost; ++j) {
+    for (int j = 0; j < kPieceSide; ++j) {
       best[i][j] = -INFINITY;
       found[i][j] = 0;
     }
@@ -100,7 +85,7 @@ __global__ void __launch_bounds__(kThreads) predict_kernel(Maps<T> logits, Kerne
       atomicAdd(&p.confusion[pair], static_cast<unsigned long long>(count));
     }
   };
-  Run run;
+  cells::Run run;  // of pairs of classes
   for (int64_t cell = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; cell < p.cells;
        cell += static_cast<int64_t>(gridDim.x) * kThreads) {
     const int64_t line = cells::quotient(cell, p.columns.n), column = cell - line * p.columns.n;
@@ -110,19 +95,19 @@ __global__ void __launch_bounds__(kThreads) predict_kernel(Maps<T> logits, Kerne
     const int top = static_cast<int>(p.rows.first(row)), bottom = static_cast<int>(p.rows.first(row + 1));
     const int left = static_cast<int>(p.columns.first(column)),
               right = static_cast<int>(p.columns.first(column + 1));
-    for (int y = top; y < bottom; y += kMost) {
-      for (int x = left; x < right; x += kMost) {
-        const auto piece = Piece<kMost>::of(p.rows, p.columns, static_cast<int>(row),
-                                            static_cast<int>(column), y, x, bottom, right);
-        int found[kMost][kMost];
+    for (int y = top; y < bottom; y += kPieceSide) {
+      for (int x = left; x < right; x += kPieceSide) {
+        const auto piece = Piece<kPieceSide>::of(p.rows, p.columns, static_cast<int>(row),
+                                                 static_cast<int>(column), y, x, bottom, right);
+        int found[kPieceSide][kPieceSide];
         bool not_finite = false;
         best_classes<false>(from, p.planes, logits.stride_k, at, piece, &not_finite, found);
         if (not_finite) best_classes<true>(from, p.planes, logits.stride_k, at, piece, &not_finite, found);
         uint8_t* to = p.classes + (image * p.rows.m + y) * p.columns.m + x;
 #pragma unroll
-        for (int i = 0; i < kMost; ++i, to += p.columns.m) {
+        for (int i = 0; i < kPieceSide; ++i, to += p.columns.m) {
 #pragma unroll
-          for (int j = 0; j < kMost; ++j) {
+          for (int j = 0; j < kPieceSide; ++j) {
             if (piece.has(i, j)) to[j] = static_cast<uint8_t>(found[i][j]);
           }
         }

@@ -11,9 +11,9 @@
 // pixel lies so far below that its sum gets tiny, or corners so far apart that a first exponential or a ratio
 // is none, the maximum of each pixel is found first.
 //
-// So it is, too, for the probabilities by which hard pixels are chosen: equal logits must have equal ones,
-// and three launches must find the same, to the last bit: they have one function. Loss and gradient of the
-// chosen are then those that the same pixels have without the choice.
+// The probabilities by which OHEM chooses pixels are always taken from each pixel's own maximum: equal logits
+// must have equal ones, and three launches must find the same, to the last bit: they have one function. Loss
+// and gradient of the chosen are then those that the same pixels have without the choice.
 
 #include <algorithm>
 #include <optional>
@@ -33,48 +33,33 @@ namespace {
 template <typename T, int n, Mode kMode, bool kGeneral>
 __global__ void __launch_bounds__(kLanes, kWarps) cross_entropy_kernel(Maps<T> logits, Kernel p) {
   CISC_DYNAMIC_SHARED(memory);
-  const Walk& walk = p.walk;
-  const int64_t floats = kLanes * p.planes * (walk.whole ? 1 : 2);
-  const Carry carry = Carry::of(
-      walk, p.planes, p.carry != nullptr ? p.carry + blockIdx.x * floats : reinterpret_cast<float*>(memory));
+  const Carry carry = Carry::of(p.walk, p.planes, p.carry, memory);
   float factor = 1.0f;
   if (kMode == Mode::gradient)
     factor = 1.0f / static_cast<float>(cells::divisor_of(p.state, p.by, p.divisor));
   unsigned long long* const histogram =
       kMode == Mode::histogram ? p.histogram + blockIdx.x % kCopies * kDigits : nullptr;
-  Run run;
+  const auto flush = [&](int32_t digit, uint32_t count) {
+    atomicAdd(&histogram[digit], static_cast<unsigned long long>(count));
+  };
+  cells::Run run;  // of digits
   int64_t kept = 0;
   bool wrong = false;
-  for (int64_t number = blockIdx.x; number < walk.tasks(); number += gridDim.x) {
+  for (int64_t number = blockIdx.x; number < p.walk.tasks(); number += gridDim.x) {
     if (kGeneral && p.left != nullptr && p.left[number] == 0) continue;
-    const cells::Task task = cells::Task::of(walk, number);
+    const cells::Task task = cells::Task::of(p.walk, number);
     const T* const image = logits.data + task.image * logits.stride_b;
-    const Column column = Column::of(walk, task, static_cast<int>(threadIdx.x));
-    const int pieces_x = cells::pieces_of_warp<n>(column);
-    if (p.classes.data != nullptr && task.tile == 0 && task.begin == 0) {
-      wrong = cells::any_wrong(p.classes, task.image, p.planes) || wrong;
-    }
-    double total = 0.0;
-    bool before = false, fine = true;
-    for (int64_t at = task.begin > 0 ? task.begin - walk.shared : 0; at < task.end; ++at) {
-      const int top = static_cast<int>(walk.rows.first(at)),
-                bottom = static_cast<int>(walk.rows.first(at + 1));
-      const int pieces_y = bottom - top > n ? (bottom - top + n - 1) / n : 1;
-      const Corners corners = Corners::of_points(logits, at, walk.rows.next(at), column.left, column.right);
-      const bool counts = column.counts && at >= task.begin;
-      Passage passage = Passage::of(walk, carry, column, at, at >= task.begin, factor);
-      float* gradient = nullptr;
-      if (kMode == Mode::gradient) {
-        gradient = held(p.grad + ((task.image * p.planes * walk.rows.n + at) * walk.columns.n + column.cell));
-      }
-      for (int piece_y = 0; piece_y < pieces_y; ++piece_y) {
-        for (int piece_x = 0; piece_x < pieces_x; ++piece_x) {
-          const Piece<n> piece =
-              cells::piece_of<n>(walk, column, at, top + piece_y * n, bottom, column.first + piece_x * n);
+    wrong = cells::any_wrong(p.classes, task, p.planes) || wrong;
+    bool fine = true;
+    cells::walk_pieces<kMode, n>(
+        p, task, logits, carry, factor, 1.0,
+        [&](const Corners& corners, const Piece<n>& piece, bool counts, const Passage& passage,
+            float* gradient) {
           int code[n][n];
           read_codes(p, task.image, piece, &wrong, code);
           if constexpr (kMode == Mode::histogram) {
-            if (counts) count_digits(p, image, logits.stride_k, corners, piece, code, histogram, &run);
+            if (counts) count_digits(p, image, logits.stride_k, corners, piece, code, flush, &run);
+            return 0.0f;
           } else {
             if (kGeneral && p.limit != nullptr) {
               drop_easy(image, p.planes, logits.stride_k, corners, piece, *p.limit, code);
@@ -84,28 +69,16 @@ __global__ void __launch_bounds__(kLanes, kWarps) cross_entropy_kernel(Maps<T> l
                 for (int j = 0; j < n; ++j) kept += counts && code[i][j] >= 0;
               }
             }
-            passage.before = before;
-            passage.first = piece_y == 0 && piece_x == 0;
-            passage.last = piece_y + 1 == pieces_y && piece_x + 1 == pieces_x;
-            const float loss = piece_loss<kMode, kGeneral>(p, task.image, image, logits.stride_k, corners,
-                                                           piece, code, passage, gradient, &fine);
-            total += counts ? static_cast<double>(loss) : 0.0;
-            before = true;
+            return piece_loss<kMode, kGeneral>(p, task.image, image, logits.stride_k, corners, piece, code,
+                                               passage, gradient, &fine);
           }
-        }
-      }
-      if (kMode != Mode::histogram && at >= task.begin && task.ends(walk, at)) {
-        total = warp_sum(total);
-        if (threadIdx.x == 0) p.partial[task.partial(walk, at)] = total;
-        total = 0.0;
-      }
-    }
+        });
     if (kMode != Mode::histogram && !kGeneral) {
       const bool all = __all_sync(kAll, fine);
       if (threadIdx.x == 0) p.left[number] = all ? 0 : 1;
     }
   }
-  if (kMode == Mode::histogram) run.add(-1, histogram);
+  if (kMode == Mode::histogram) run.add(-1, flush);
   if (wrong) p.state->wrong = 1;  // whoever writes, the same
   if (kMode != Mode::histogram && kGeneral && p.limit != nullptr) {
     kept = warp_sum(kept);
@@ -175,10 +148,6 @@ __global__ void __launch_bounds__(kGroup)
   if (!(smallest <= *limit)) *limit = smallest;
 }
 
-__global__ void __launch_bounds__(kLanes) set_kernel(float* to, float value) {
-  if (threadIdx.x == 0) *to = value;
-}
-
 // A problem with all that its kernels need.
 class Solver {
  public:
@@ -215,8 +184,8 @@ class Solver {
   // threshold and the min_kept-th smallest.
   void mine(double threshold, int64_t min_kept) {
     limit_ = device_empty(logits_, {1}, ScalarType::Float);
+    torch::stable::fill_(limit_, threshold);
     auto* limit = data_of<float>(limit_);
-    gpu_.launch(set_kernel, 1, kLanes, 0, limit, static_cast<float>(threshold));
     if (min_kept > 0) {
       Tensor found = device_empty(logits_, {2}, ScalarType::Long);
       Tensor sums = device_empty(logits_, {kDigits + kGroups}, ScalarType::Long);
@@ -237,40 +206,32 @@ class Solver {
   // The sums of the loss, [partials] float64.
   template <Mode kMode>
   Tensor run() {
-    const bool small = !cells::exceeds(rows_, columns_, kSmall);
-    const int piece = small ? kSmall : kMost;
-    kernel.walk = cells::walk_of(rows_, columns_, true, logits_.size(0), kMode == Mode::gradient, piece,
-                                 gpu_.multiprocessors(), kWarps);
-    const int64_t planes = kMode == Mode::gradient ? kernel.planes : 0;
-    const CarryPlan plan = CarryPlan::of(gpu_, kernel.walk, planes);
-    Tensor carry = device_empty(logits_, {plan.workspace}, ScalarType::Float);
-    Tensor partial =
-        device_empty(logits_, {kMode == Mode::histogram ? 0 : kernel.walk.partials()}, ScalarType::Double);
-    kernel.carry = plan.workspace > 0 ? data_of<float>(carry) : nullptr;
-    kernel.partial = data_of<double>(partial);
+    WalkPlan plan = WalkPlan::of(gpu_, logits_, rows_, columns_, true, kMode);
+    kernel.walk = plan.walk;
+    kernel.carry = plan.workspace();
+    kernel.partial = data_of<double>(plan.partial);
     // Of what the general kernel is for, there is mostly nothing.
     const int64_t farthest = kernel.planes * std::max(logits_.stride(1), logits_.size(2) * logits_.size(3));
     const bool general =
         kernel.limit != nullptr || kernel.planes == 1 || kMode == Mode::histogram || farthest > INT32_MAX;
-    Tensor left = device_empty(logits_, {general ? 0 : kernel.walk.tasks()}, ScalarType::Byte);
+    Tensor left = device_empty(logits_, {general ? 0 : plan.walk.tasks()}, ScalarType::Byte);
     kernel.left = general ? nullptr : data_of<uint8_t>(left);
     const int64_t blocks = general ? plan.blocks : std::min(plan.blocks, gpu_.multiprocessors() * kWarps);
     with_float(float_kind(logits_.scalar_type()), [&](auto type) {
       using T = decltype(type);
-      const auto launch = [&](auto first, auto second) {
-        if (!general)
-          gpu_.launch(first, plan.blocks, kLanes, plan.shared, cells::maps_of<T>(logits_), kernel);
-        gpu_.launch(second, blocks, kLanes, plan.shared, cells::maps_of<T>(logits_), kernel);
-      };
-      if (small) {
-        launch(cross_entropy_kernel<T, kSmall, kMode, kMode == Mode::histogram>,
-               cross_entropy_kernel<T, kSmall, kMode, true>);
-      } else {
-        launch(cross_entropy_kernel<T, kMost, kMode, kMode == Mode::histogram>,
-               cross_entropy_kernel<T, kMost, kMode, true>);
-      }
+      const Maps<T> maps = cells::maps_of<T>(logits_);
+      plan.with_side([&](auto side) {
+        constexpr int n = decltype(side)::value;
+        if constexpr (kMode != Mode::histogram) {
+          if (!general) {
+            gpu_.launch(cross_entropy_kernel<T, n, kMode, false>, plan.blocks, kLanes, plan.shared, maps,
+                        kernel);
+          }
+        }
+        gpu_.launch(cross_entropy_kernel<T, n, kMode, true>, blocks, kLanes, plan.shared, maps, kernel);
+      });
     });
-    return partial;
+    return plan.partial;
   }
 
  private:
@@ -311,24 +272,16 @@ std::tuple<Tensor, Tensor> cuda_forward(const Tensor& logits, const Tensor& labe
   const Gpu gpu(kForward, "logits", logits);
   check_values(kForward, logits, labels, similarity, classes, ignore_index);
   const bool each = reduction == "none", empty = labels.numel() == 0;
-  const int64_t batch = logits.size(0), points = need_grad ? logits.numel() : 0;
   Tensor state = device_zeros(logits, {cells::kStateWords}, ScalarType::Long);
-  Tensor loss = each ? device_empty(logits, {batch, labels.size(1), labels.size(2)}, ScalarType::Float)
-                     : device_empty(logits, {}, ScalarType::Float);
-  Tensor grad = !need_grad ? device_empty(logits, {0}, ScalarType::Float)
-                : empty    ? gradient_like(logits, true)
-                           : device_empty(logits, {batch, logits.size(1), logits.size(2), logits.size(3)},
-                                          ScalarType::Float);
+  Tensor loss =
+      each ? device_empty(logits, {labels.size(0), labels.size(1), labels.size(2)}, ScalarType::Float)
+           : device_empty(logits, {}, ScalarType::Float);
+  Tensor grad = empty ? gradient_like(logits, need_grad) : device_gradient(logits, need_grad);
   Solver solver(gpu, logits, labels, similarity, classes, ignore_index, state);
   State* const shared = solver.kernel.state;
   if (empty) {
     if (each) return {loss, grad};
-    if (classes.has_value()) {
-      gpu.launch(cells::classes_kernel, std::min<int64_t>(batch, 1024), kLanes, 0, solver.kernel.classes,
-                 batch, logits.size(1), shared);
-    }
-    cells::launch_finish(gpu, nullptr, 0, shared, Divisor::given, 1.0, false, data_of<float>(loss),
-                         data_of<float>(grad), points);
+    cells::launch_empty(gpu, solver.kernel.classes, logits.size(1), shared, &loss, &grad);
     return {loss, grad};
   }
   if (ohem_threshold.has_value()) solver.mine(*ohem_threshold, ohem_min_kept);
@@ -349,7 +302,7 @@ std::tuple<Tensor, Tensor> cuda_forward(const Tensor& logits, const Tensor& labe
                          loss.numel());
   } else {
     cells::launch_finish(gpu, sums, partial.numel(), shared, by, divisor, divides && need_grad,
-                         data_of<float>(loss), data_of<float>(grad), points);
+                         data_of<float>(loss), data_of<float>(grad), grad.numel());
   }
   return {loss, grad};
 }
@@ -367,8 +320,7 @@ Tensor cuda_backward(const Tensor& grad, const Tensor& logits, const Tensor& lab
   check_values(kBackward, logits, labels, similarity, classes, ignore_index);
   check_same_device(kBackward, "grad", grad, logits);
   if (labels.numel() == 0) return gradient_like(logits, true);
-  Tensor gradient = device_empty(logits, {logits.size(0), logits.size(1), logits.size(2), logits.size(3)},
-                                 ScalarType::Float);
+  Tensor gradient = device_gradient(logits, true);
   Tensor state = device_zeros(logits, {cells::kStateWords}, ScalarType::Long);
   Solver solver(gpu, logits, labels, similarity, classes, ignore_index, state);
   if (ohem_threshold.has_value()) solver.mine(*ohem_threshold, ohem_min_kept);

@@ -12,28 +12,23 @@ namespace cisc::rectified_cross_entropy {
 using cells::Adjoint;
 using cells::Axis;
 using cells::Carry;
-using cells::CarryPlan;
-using cells::Column;
 using cells::Corners;
 using cells::Divisor;
 using cells::kLanes;
-using cells::kMost;
+using cells::kWarps;
 using cells::Maps;
+using cells::Mode;
 using cells::Passage;
 using cells::Piece;
 using cells::Square;
 using cells::State;
-using cells::Walk;
+using cells::WalkPlan;
 
 constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 constexpr float kLeast = 0x1p-64f, kLargest = 0x1p64f;  // between them a sum has lost no term that counts
 constexpr float kWidest = 120.0f;                       // of two exponentials, their ratio is a float
-constexpr int64_t kWarps = 8;                           // that keep a multiprocessor busy
-constexpr int kSmall = 2;        // pixels of a piece along an axis where cells have no more
-constexpr int64_t kCopies = 16;  // of a histogram, which fewer threads add to
+constexpr int64_t kCopies = 16;                         // of a histogram, which fewer threads add to
 constexpr int kDigits = static_cast<int>(kHistogram), kGroup = 256, kGroups = kDigits / kGroup;
-
-enum class Mode { loss, gradient, histogram };
 
 // Maps [B,S,h',w'] of any of the element types.
 struct Similarity {
@@ -62,26 +57,18 @@ struct Search {
   long long digit, rank;
 };
 
-struct Kernel {
-  Walk walk;
+// Where classes are null, the map is each pixel's likeness to its own label.
+struct Kernel : cells::LossKernel {
   float step;    // fraction of a cell from pixel to pixel along a row
   float widest;  // range of log2(e) logits in a cell from which on Powers might lose some
-  int64_t planes;
-  Labels labels;
-  int64_t ignore_index;
   Similarity maps;
-  Classes classes;     // of null: the map is each pixel's likeness to its own label
   const float* limit;  // [], largest probability of a pixel that is kept; null: all are
   const float* given;  // [B,H,W] gradient of each pixel, or null
   int64_t given_b, given_y, given_x;
   Divisor by;  // of the gradient
   double divisor;
-  const Search* search;  // null while leading digits are counted
-  float* carry;          // [blocks, of a warp], or null where it is in shared memory
-  uint8_t* left;         // [tasks], 1 where the general kernel has to do it; null: it does all
-  State* state;
-  double* partial;                // [partials]
-  float* grad;                    // [B,K,h,w]
+  const Search* search;           // null while leading digits are counted
+  uint8_t* left;                  // [tasks], 1 where the general kernel has to do it; null: it does all
   float* pixel_loss;              // [B,H,W] or null
   unsigned long long* histogram;  // [kCopies,kDigits], added to
 };
@@ -455,36 +442,20 @@ __device__ __forceinline__ float finish_piece(const Kernel& p, int64_t image_num
   return loss;
 }
 
-// Counts of equal digits that follow each other.
-struct Run {
-  int digit = -1;
-  unsigned count = 0;
-
-  __device__ __forceinline__ void add(int next, unsigned long long* histogram) {
-    if (next != digit) {
-      if (digit >= 0) atomicAdd(&histogram[digit], static_cast<unsigned long long>(count));
-      digit = next;
-      count = 0;
-    }
-    ++count;
-  }
-};
-
-// The digits of the probabilities of a piece.
-template <int n, typename T>
+// The digits of the probabilities of a piece; flush: as of Run.
+template <int n, typename T, typename Flush>
 __device__ __forceinline__ void count_digits(const Kernel& p, const T* image, int64_t stride_k,
                                              const Corners& at, const Piece<n>& piece,
-                                             const int (&code)[n][n], unsigned long long* histogram,
-                                             Run* run) {
+                                             const int (&code)[n][n], const Flush& flush, cells::Run* run) {
   float most[n][n], sums[n][n];
   exact_sums(image, p.planes, stride_k, at, piece, most, sums);
   const int leading = p.search != nullptr ? static_cast<int>(p.search->digit) : 0;
   own_logits<true>(image, stride_k, at, piece, 0.0f, code, [&](int i, int j, float own) {
     const unsigned bits = __float_as_uint(probability(own, most[i][j], sums[i][j])) & 0x7fffffffu;
     if (p.search == nullptr) {
-      run->add(static_cast<int>(bits >> 16), histogram);
+      run->add(static_cast<int>(bits >> 16), flush);
     } else if (static_cast<int>(bits >> 16) == leading) {
-      run->add(static_cast<int>(bits & 0xffffu), histogram);
+      run->add(static_cast<int>(bits & 0xffffu), flush);
     }
   });
 }

@@ -49,7 +49,7 @@ void check_axis(int64_t n, int64_t m, bool align_corners) {
 void check_walk(int64_t h, int64_t w, int64_t height, int64_t width, int64_t batch, bool align_corners,
                 bool gradient, int64_t multiprocessors) {
   const Axis rows = Axis::of(h, height, align_corners), columns = Axis::of(w, width, align_corners);
-  const Walk walk = walk_of(rows, columns, align_corners, batch, gradient, kMost, multiprocessors, 8);
+  const Walk walk = walk_of(rows, columns, align_corners, batch, gradient, kPieceSide, multiprocessors, 8);
   require(walk.partials() <= std::max(kPartials, batch * walk.tiles), "few sums", h, w, walk.partials());
   require(walk.band % walk.unit == 0 && walk.bands * walk.band >= h, "bands are of whole sums", h, w,
           walk.band);
