@@ -41,14 +41,7 @@ struct Similarity {
   // f(pointer to a plane, of its type)
   template <typename Function>
   __device__ __forceinline__ void in_plane(int64_t offset, const Function& f) const {
-    switch (kind) {
-      case Float::f32:
-        return f(static_cast<const Float32*>(data) + offset);
-      case Float::bf16:
-        return f(static_cast<const BFloat16*>(data) + offset);
-      default:
-        return f(static_cast<const Float16*>(data) + offset);
-    }
+    with_elements(kind, data, [&](const auto* elements) { f(elements + offset); });
   }
 };
 
