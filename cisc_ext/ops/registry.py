@@ -142,6 +142,11 @@ class Operator:
     extra_bytes_cpu: int = EXTRA_BYTES_CPU
     """Most that it may allocate on the CPU, counted like `EXTRA_BYTES_CPU`."""
 
+    def obstacles(self, impl: str, device: str, dtype: torch.dtype = torch.float32) -> list[str]:
+        """Why an implementation of it cannot serve tensors of that device and dtype on this machine."""
+        (one,) = (one for one in self.implementations if one.name == impl)
+        return one.obstacles(Call(device, (dtype,) * len(self.features), capability(device, None)))
+
 
 OPERATORS: dict[str, Operator] = {}
 
