@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cisc_ext.ops.registry import OPERATORS, Implementation, Operator, Sample
+from cisc_ext.ops.registry import OPERATORS, Call, Implementation, Operator, Sample, capability
 
 CUDA_MARKS = [
     pytest.mark.cuda,
@@ -83,13 +83,10 @@ def skip_unless_able(
     operator: Operator, implementation: Implementation, inputs: dict[str, Any], device: str | None = None
 ) -> None:
     """Skip, with the reasons, what this implementation cannot run on `device`, or where the inputs are."""
-    from cisc_ext.ops.registry import Call
-
     features = [inputs[name] for name in operator.features if isinstance(inputs.get(name), Tensor)]
-    reasons = implementation.obstacles(
-        Call(device or features[0].device.type, tuple(f.dtype for f in features))
-    )
-    if reasons:
+    device = device or features[0].device.type
+    dtypes = tuple(feature.dtype for feature in features)
+    if reasons := implementation.obstacles(Call(device, dtypes, capability(device, None))):
         pytest.skip("; ".join(reasons))
 
 

@@ -33,7 +33,7 @@ from torch import Tensor
 from benchmarks.measure import peak_extra_mib
 from cisc_ext import ops
 from cisc_ext.ops._implementations import OLDEST_CAPABILITY, OLDEST_CUDA
-from cisc_ext.ops.registry import EXTRA_BYTES_CPU, OPERATORS, Call, Operator, capability, decide
+from cisc_ext.ops.registry import EXTRA_BYTES_CPU, OPERATORS, Operator, capability, decide
 
 pytestmark = CUDA_MARKS
 
@@ -63,8 +63,7 @@ def test_auto_takes_a_kernel(name: str) -> None:
         assert operator.obstacles("triton", "cuda") == []
     if all(operator.obstacles(impl, "cuda") for impl in IMPLEMENTATIONS):
         pytest.skip("no implementation runs on this GPU")
-    dtypes = (torch.bfloat16,) * len(operator.features)
-    chosen, passed_over = decide(name, None, Call("cuda", dtypes, chip))
+    chosen, passed_over = decide(name, None, operator.call("cuda", torch.bfloat16))
     assert chosen.name in IMPLEMENTATIONS, passed_over
 
 
