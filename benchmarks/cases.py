@@ -28,7 +28,7 @@ class CannotRunError(RuntimeError):
 
 
 class DisagreementError(RuntimeError):
-    """An implementation computes something else than the reference."""
+    """A contender computes something else than what it is held against."""
 
 
 @dataclass(frozen=True)
@@ -60,17 +60,21 @@ class Case:
         }
 
 
+def placed(operator: Operator, inputs: dict[str, Any], dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """The inputs on the device, with features in `dtype`: cast where they are, then moved."""
+    return {
+        name: value.to(dtype if name in operator.features else value.dtype).to(device)
+        if isinstance(value, Tensor)
+        else value
+        for name, value in inputs.items()
+    }
+
+
 def make_case(op: str, workload: str, dtype: str, passes: str, device: str) -> Case:
     operator = OPERATORS[op]
     one = next(w for w in operator.workloads() if w.name == workload)
     precision: torch.dtype = getattr(torch, dtype)
-    inputs = {
-        name: value.to(device, precision if name in operator.features else value.dtype)
-        if isinstance(value, Tensor)
-        else value
-        for name, value in one.make().items()
-    }
-    return Case(operator, one, precision, passes, inputs)
+    return Case(operator, one, precision, passes, placed(operator, one.make(), precision, device))
 
 
 def cotangent(like: Tensor) -> Tensor:

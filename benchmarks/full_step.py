@@ -13,8 +13,7 @@ step; the recipe with three times the images a second.
 from __future__ import annotations
 
 import gc
-import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import measure, published
+from benchmarks import published, variants
+from benchmarks.variants import Result
 from cisc_ext import method
 from cisc_ext.config import MethodConfig, OptimConfig
 from cisc_ext.engine import build_optimizer
@@ -32,10 +32,7 @@ from cisc_ext.models import SegmentationModel, SegOutput, build_model
 from cisc_ext.ops._workloads import regions
 
 TIMES_PART, MEMORY_PART, SHARE_OF_STEP, TIMES_RECIPE = 10.0, 1 / 20, 0.05, 3.0
-TOLERANCE = 1e-4
 _CONFIG = MethodConfig()
-
-Result = tuple[Tensor, ...]  # loss and gradients
 
 
 @dataclass(frozen=True)
@@ -185,26 +182,6 @@ def part(x: Batch, seen: Pair, student: Pair, losses: Callable[..., Tensor]) -> 
     return loss.detach(), *torch.autograd.grad(loss, leaves)
 
 
-def detached(pair: Pair) -> Pair:
-    first, second = (SegOutput(one.logits.detach(), one.features.detach()) for one in pair)
-    return first, second
-
-
-class DisagreementError(RuntimeError):
-    """A variant computes something else than the published arithmetic."""
-
-
-def agree(what: str, calls: Mapping[str, Callable[[], Result]]) -> None:
-    """Loss and gradients of all variants, relative to the largest published value."""
-    expected = calls["published"]()
-    for name, call in calls.items():
-        pairs = zip(call(), expected, strict=True) if name != "published" else ()
-        for got, want in pairs:
-            error = float((got - want).abs().max() / want.abs().max().clamp(min=1e-30))
-            if not error <= TOLERANCE:
-                raise DisagreementError(f"{what}: {name} is {error:.1e} off the published arithmetic")
-
-
 @contextmanager
 def _freed(device: str) -> Any:
     """What is let go within is given back."""
@@ -216,68 +193,51 @@ def _freed(device: str) -> Any:
             torch.cuda.empty_cache()
 
 
-def timed(
-    head: dict[str, Any], calls: Mapping[str, Callable[[], Result]], images: int, device: str, repeats: int
-) -> list[dict[str, Any]]:
-    """A row per variant; the runs take turns. Memory is counted in a first run, which warms up too."""
-    counted = device == "cuda" or measure.can_measure()
-    extra = {}
-    for name, call in calls.items():
-        call()
-        extra[name] = measure.peak_extra_mib(call, device=device, warm_up=False) if counted else None
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            times[name].append(measure.time_ms(call, device=device))
-    rows = []
-    for name, of_variant in times.items():
-        time_ms = statistics.median(of_variant)
-        mib, of_published = extra[name], extra["published"]
-        ratios = [p / t for p, t in zip(times["published"], of_variant, strict=True)]
-        rows.append(
-            {
-                **head,
-                "variant": name,
-                "time_ms": round(time_ms, 2),
-                "time_min_ms": round(min(of_variant), 2),
-                "images_per_s": round(1e3 * images / time_ms, 2),
-                "extra_mib": None if mib is None else round(mib, 2),
-                "speedup": round(statistics.median(ratios), 2),
-                "memory_ratio": round(max(mib, 0.0) / of_published, 4) if mib and of_published else None,
-            }
+def outputs(x: Batch, networks: Networks) -> tuple[Pair, Pair]:
+    """What the teacher has seen, and the student, without a graph."""
+    with torch.no_grad():
+        return (
+            _forward(networks.teacher, x.unlabeled, x.guide, False),
+            _forward(networks.student, x.labeled, x.unlabeled, False),
         )
-    return rows
 
 
-def measured(size: Size, device: str, repeats: int) -> list[dict[str, Any]]:
+def parts(x: Batch, seen: Pair, student: Pair) -> dict[str, Callable[[], Result]]:
+    """Similarity and losses of the re-training alone, by each variant."""
+    return {name: partial(part, x, seen, student, losses) for name, losses in RETRAINING.items()}
+
+
+def measured(size: Size, device: str, repeats: int) -> Iterator[dict[str, Any]]:
     """All rows at one batch size."""
     x = make_batch(size, device)
     networks = make_networks(size, device, channels_last=False)
-    head = {"crop": size.crop, "batch": size.batch, "settings": "same"}
-    rows = []
-    with torch.no_grad():
-        seen = detached(_forward(networks.teacher, x.unlabeled, x.guide, False))
-        student = detached(_forward(networks.student, x.labeled, x.unlabeled, False))
-    parts = {name: partial(part, x, seen, student, losses) for name, losses in RETRAINING.items()}
-    agree("similarity and losses", parts)
-    agree("losses of pairs", {name: partial(_pair_part, x, student, one) for name, one in SUPERVISED.items()})
-    rows += timed({"step": "similarity and losses", **head}, parts, size.batch, device, repeats)
-    del parts, seen, student
+    seen, student = outputs(x, networks)
+    of_part = parts(x, seen, student)
+    variants.agree("similarity and losses", of_part)
+    of_pairs = {name: partial(_pair_part, x, student, losses) for name, losses in SUPERVISED.items()}
+    variants.agree("losses of pairs", of_pairs)
+
+    def rows(name: str, settings: str, calls: variants.Calls, images: int) -> Iterator[dict[str, Any]]:
+        head = {"step": name, "crop": size.crop, "batch": size.batch, "settings": settings}
+        for variant, found in variants.timed(calls, device, repeats, images).items():
+            yield {**head, "variant": variant, **found}
+
+    yield from rows("similarity and losses", "same", of_part, size.batch)
+    del of_part, of_pairs, seen, student
     stages = (
         ("re-training", retraining_step, RETRAINING),
         ("supervised", supervised_step, SUPERVISED),
     )
-    for name, step, variants in stages:
-        calls = {variant: partial(step, x, networks, one, False) for variant, one in variants.items()}
-        rows += timed({"step": name, **head}, calls, 2 * size.batch, device, repeats)
+    for name, step, losses in stages:
+        calls = {variant: partial(step, x, networks, one, False) for variant, one in losses.items()}
+        yield from rows(name, "same", calls, 2 * size.batch)
     last, ours = x.channels_last(), make_networks(size, device, channels_last=True)
-    for name, step, variants in stages:
+    for name, step, losses in stages:
         calls = {
-            "published": partial(step, x, networks, variants["published"], False),
-            "recipe": partial(step, last, ours, variants["auto"], True),
+            "published": partial(step, x, networks, losses["published"], False),
+            "recipe": partial(step, last, ours, losses["auto"], True),
         }
-        rows += timed({"step": name, **head, "settings": "own"}, calls, 2 * size.batch, device, repeats)
-    return rows
+        yield from rows(name, "own", calls, 2 * size.batch)
 
 
 def _pair_part(x: Batch, student: Pair, losses: Callable[..., Tensor]) -> Result:
@@ -313,8 +273,9 @@ def judged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [dict(zip(("what", "target", "reached", "met"), one, strict=True)) for one in found]
 
 
-def run(size: Size, device: str, repeats: int) -> dict[str, Any]:
-    """Rows and what they come to, at the largest batch that fits: `size.batch`, its half, and so on."""
+def run(size: Size, device: str, repeats: int, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Rows and what they come to, at the largest batch that fits: `size.batch`, its half, and so on. `save`
+    gets what there is after every row."""
     facts = {
         "network": f"{size.model} {size.backbone}, output stride {size.output_stride}",
         "wanted_batch": size.batch,
@@ -325,15 +286,20 @@ def run(size: Size, device: str, repeats: int) -> dict[str, Any]:
         "own_settings": "bfloat16 autocast, channels-last; published: float32, contiguous",
     }
     too_large: list[int] = []
+    rows: list[dict[str, Any]] = []
+    found = {**facts, "too_large_batches": too_large, "rows": rows}
     batch = size.batch
     while True:
         with _freed(device):
             try:
-                rows = measured(replace(size, batch=batch), device, repeats)
+                for row in measured(replace(size, batch=batch), device, repeats):
+                    rows.append(row)
+                    save(found)
                 break
             except torch.OutOfMemoryError:
                 if batch == 1:
                     raise
                 too_large.append(batch)
+                rows.clear()
         batch //= 2
-    return {**facts, "too_large_batches": too_large, "rows": rows, "targets": judged(rows)}
+    return {**found, "targets": judged(rows)}

@@ -57,8 +57,7 @@ from benchmarks.cases import (
 from benchmarks.tables import aligned
 from cisc_ext.files import write_json
 from cisc_ext.ops import _library
-from cisc_ext.ops.registry import OPERATORS, PASSES, capability
-from cisc_ext.ops.registry import Call as RegistryCall
+from cisc_ext.ops.registry import OPERATORS, PASSES
 
 DTYPES = ("float32", "bfloat16", "float16")
 OWN_LIMIT_S = 60.0
@@ -380,8 +379,7 @@ def measure_case(
         head = dict(zip(("op", "workload", "dtype", "pass"), key[:4], strict=True), impl=implementation.name)
         contender = Contender(implementation.name, False)
         try:
-            dtypes = tuple(case.inputs[name].dtype for name in case.operator.features if name in case.inputs)
-            asked = RegistryCall(settings.device, dtypes, capability(settings.device, None))
+            asked = case.operator.call(settings.device, case.dtype)
             reasons = implementation.obstacles(asked)
             if settings.device == "cpu":  # an interpreter's times say nothing
                 reasons = reasons or implementation.reservations(asked)

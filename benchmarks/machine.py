@@ -18,7 +18,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def _first_line(*command: str) -> str | None:
+def first_line(*command: str) -> str | None:
     """First line that a command prints; None where there is no such command or it fails."""
     if shutil.which(command[0]) is None:
         return None
@@ -42,10 +42,10 @@ def _commit() -> str | None:
     """
     if os.environ.get("CISC_COMMIT"):
         return os.environ["CISC_COMMIT"]
-    commit = _first_line("git", "rev-parse", "HEAD")
+    commit = first_line("git", "rev-parse", "HEAD")
     if commit is None:
         return None
-    changed = _first_line(
+    changed = first_line(
         "git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)benchmarks/results"
     )
     return f"{commit}+dirty" if changed else commit
@@ -80,10 +80,10 @@ def facts(module: str, arguments: Sequence[str]) -> dict[str, Any]:
             "torch": torch.__version__,
             "python": platform.python_version(),
             "numpy": np.__version__,
-            "compiler": _first_line(os.environ.get("CXX", "c++"), "--version"),
+            "compiler": first_line(os.environ.get("CXX", "c++"), "--version"),
             "cuda": torch.version.cuda,
             "triton": version("triton"),
-            "driver": _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+            "driver": first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         },
         "commit": _commit(),
         "command": shlex.join(["python", "-m", module, *map(_portable, arguments)]),

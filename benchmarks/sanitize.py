@@ -31,9 +31,10 @@ from torch import Tensor
 
 from benchmarks import limited, machine, nvidia_tools
 from benchmarks.aligned_samples import aligned_samples
+from benchmarks.cases import placed
 from benchmarks.tables import aligned
 from cisc_ext.files import write_json
-from cisc_ext.ops.registry import OPERATORS, Call, Operator, capability
+from cisc_ext.ops.registry import OPERATORS, Operator
 
 TOOL = "compute-sanitizer"
 RUNS = (("memcheck", "cpp"), ("racecheck", "cpp"), ("initcheck", "cpp"), ("memcheck", "triton"))
@@ -65,12 +66,8 @@ def samples(names: Sequence[str], few: bool = False) -> Iterator[tuple[Operator,
 def call(operator: Operator, inputs: dict[str, Any], dtype: torch.dtype, device: str, impl: str) -> None:
     """Forward and backward once; what torch itself would compute on the GPU is made before, on the CPU."""
     leaves = {
-        name: value.to(dtype if name in operator.features else value.dtype)
-        .to(device)
-        .requires_grad_(name in operator.differentiable)
-        if isinstance(value, Tensor)
-        else value
-        for name, value in inputs.items()
+        name: value.requires_grad_(name in operator.differentiable) if isinstance(value, Tensor) else value
+        for name, value in placed(operator, inputs, dtype, device).items()
     }
     result = operator.function(**leaves, impl=impl)
     output = result[0] if isinstance(result, tuple) else result
@@ -85,13 +82,10 @@ def here(
 ) -> Iterator[dict[str, Any]]:
     """The samples in this process: how many calls there were, and what was left out or not reached; said
     before the first and after each, for the case that the process is stopped."""
-    chip = capability(device, None)
     calls = 0
     left_out: dict[str, str] = {}
     for name in names:
-        (one,) = (one for one in OPERATORS[name].implementations if one.name == impl)
-        reasons = one.obstacles(Call(device, DTYPES[:1] * len(OPERATORS[name].features), chip))
-        if reasons:
+        if reasons := OPERATORS[name].obstacles(impl, device, DTYPES[0]):
             left_out[name] = "; ".join(reasons)
     chosen = list(samples([name for name in names if name not in left_out], few))
     reached = 0

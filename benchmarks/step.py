@@ -23,10 +23,8 @@ that at a small size and judges nothing, `--full-alone` measures nothing else.
 from __future__ import annotations
 
 import argparse
-import copy
-import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,13 +34,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import full_step, machine, measure, published
+from benchmarks import full_step, machine, published, variants
+from benchmarks.cases import DisagreementError
 from benchmarks.tables import aligned
-from cisc_ext import method
-from cisc_ext.config import MethodConfig, OptimConfig
-from cisc_ext.engine import build_optimizer
+from benchmarks.variants import Result
 from cisc_ext.files import write_json
-from cisc_ext.models import SegmentationModel, SegOutput, build_model
 from cisc_ext.ops.map_consistency import map_consistency
 from cisc_ext.ops.masked_average_pool import masked_average_pool
 from cisc_ext.ops.prototype_similarity import prototype_similarity
@@ -53,11 +49,8 @@ BATCH = 2
 CHANNELS = 256
 STRIDE = 4
 NUM_CLASSES = {321: 21, 721: 19}
-TOLERANCE = 1e-4
 _BLOCK = 48  # pixels of a class region's side
 _IGNORED = 0.1  # share of regions
-
-Result = tuple[Tensor, ...]  # loss and gradients
 
 
 @dataclass(frozen=True)
@@ -122,88 +115,9 @@ def consistency_published(x: Inputs) -> Result:
     return loss.detach(), *torch.autograd.grad(loss, [x.query, x.guide])
 
 
-NETWORK = ("deeplabv3plus", "resnet18")
-OUTPUT_STRIDE = 16
 _NETWORK_RUNS = 3
 _FULL_RUNS = 3
 
-
-@dataclass(frozen=True)
-class NetworkInputs:
-    student: SegmentationModel
-    teacher: SegmentationModel
-    optimizer: torch.optim.Optimizer
-    images: Tensor  # [3,3,H,W]: labeled, unlabeled, guide
-    labels: Tensor  # [3,H,W] uint8, the second a pseudo label
-    classes: Tensor  # [1,1] int64, shared by the unlabeled image and its guide
-    num_classes: int
-
-
-def make_network_inputs(crop: int, device: str) -> NetworkInputs:
-    torch.manual_seed(crop)
-    num_classes = NUM_CLASSES.get(crop, 19)
-    student = build_model(*NETWORK, num_classes, output_stride=OUTPUT_STRIDE)
-    student = student.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    teacher = copy.deepcopy(student).eval().requires_grad_(False)
-    images = torch.randn(3, 3, crop, crop).to(device, memory_format=torch.channels_last)
-    x = make_inputs(crop, device)
-    labels = torch.cat([x.query_labels[1:], x.query_labels[:1], x.guide_labels[:1]])
-    optimizer = build_optimizer(student, NETWORK[0], OptimConfig())
-    return NetworkInputs(student.train(), teacher, optimizer, images, labels, x.classes[:1], num_classes)
-
-
-def _halves(output: SegOutput) -> tuple[SegOutput, SegOutput]:
-    logits, features = output.logits, output.features
-    return SegOutput(logits[:1], features[:1]), SegOutput(logits[1:], features[1:])
-
-
-def network_losses(x: NetworkInputs) -> Tensor:
-    """The losses of stage 4, by the functions that it calls."""
-    config, labels = MethodConfig(), x.labels
-    with torch.no_grad():
-        query, guide = _halves(x.teacher(x.images[1:]))
-        similarity = method.cisc_map(
-            query.features, labels[1:2], guide.features, labels[2:], x.classes, x.num_classes, config
-        )
-    known, pseudo = _halves(x.student(x.images[:2]))
-    loss = method.labeled_loss(known, labels[:1], config)
-    return loss + method.rectified_loss(pseudo, labels[1:2], similarity, x.classes)
-
-
-def network_losses_published(x: NetworkInputs) -> Tensor:
-    labels, size = x.labels, x.labels.shape[-2:]
-    with torch.no_grad():
-        query, guide = _halves(x.teacher(x.images[1:]))
-        proto = published.prototype(guide.features, labels[2:], x.classes)
-        similarity = published.cisc_map(query.features, proto, size)
-    known, pseudo = _halves(x.student(x.images[:2]))
-    up = F.interpolate(known.logits, size, mode="bilinear", align_corners=True)
-    loss = F.cross_entropy(up, labels[:1].long(), ignore_index=published.IGNORE_INDEX)
-    return loss + published.rectified(pseudo.logits, labels[1:2], similarity, x.classes)
-
-
-def network_gradient(x: NetworkInputs, losses: Callable[[NetworkInputs], Tensor]) -> Result:
-    """Loss and all gradients in one tensor, without an update; dropout is the same each time."""
-    torch.manual_seed(0)
-    loss = losses(x)
-    loss.backward()
-    grads = [p.grad.flatten() for p in x.student.parameters() if p.grad is not None]
-    x.optimizer.zero_grad(set_to_none=True)
-    return loss.detach(), torch.cat(grads)
-
-
-def network_step(x: NetworkInputs, losses: Callable[[NetworkInputs], Tensor]) -> Result:
-    loss = losses(x)
-    loss.backward()
-    x.optimizer.step()
-    x.optimizer.zero_grad(set_to_none=True)
-    return (loss.detach(),)
-
-
-NETWORK_VARIANTS: dict[str, Callable[[NetworkInputs], Tensor]] = {
-    "published": network_losses_published,
-    "auto": network_losses,
-}
 OPERATORS = {
     "network": ("masked_average_pool", "prototype_similarity", "rectified_cross_entropy"),
     "rectify": ("masked_average_pool", "prototype_similarity", "rectified_cross_entropy"),
@@ -223,29 +137,11 @@ VARIANTS: dict[str, dict[str, Callable[[Inputs], Result]]] = {
 }
 
 
-class DisagreementError(RuntimeError):
-    """A variant computes something else than the published arithmetic."""
-
-
-def disagreement(result: Result, expected: Result) -> float:
-    """Largest difference of loss and gradients, each relative to the largest expected value."""
-    pairs = zip(result, expected, strict=True)
-    return max(float((a - b).abs().max() / b.abs().max().clamp(min=1e-30)) for a, b in pairs)
-
-
-def _ratio(own: float | None, other: float | None) -> float | None:
-    return own / other if own is not None and other else None
-
-
-def _rounded(value: float | None, digits: int) -> float | None:
-    return None if value is None else round(value, digits)
-
-
 def measure_step(step: str, crop: int, device: str, repeats: int) -> list[dict[str, Any]]:
     """One row per variant; `DisagreementError` where they disagree."""
     x = make_inputs(crop, device)
     calls = {name: partial(function, x) for name, function in VARIANTS[step].items()}
-    _agree(f"{step} at {crop}", calls)
+    variants.agree(f"{step} at {crop}", calls)
     sizes = {
         "features": x.query.shape[-1],
         "classes": x.logits.shape[1],
@@ -257,72 +153,35 @@ def measure_step(step: str, crop: int, device: str, repeats: int) -> list[dict[s
 
 def measure_network(crop: int, device: str, repeats: int) -> list[dict[str, Any]]:
     """The same for the whole step with a network."""
-    x = make_network_inputs(crop, device)
-    variants = NETWORK_VARIANTS.items()
-    # The network's own rounding must not hide the losses': no tf32 while they are compared.
-    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
-        _agree(
-            f"network at {crop}", {name: partial(network_gradient, x, losses) for name, losses in variants}
-        )
-    with torch.no_grad():
-        features = x.teacher(x.images[:1]).features
+    size = full_step.Size("deeplabv3plus", "resnet18", crop, 1, NUM_CLASSES.get(crop, 19), 16)
+    x = full_step.make_batch(size, device).channels_last()
+    networks = full_step.make_networks(size, device, channels_last=True)
+    seen, student = full_step.outputs(x, networks)
+    variants.agree(f"network at {crop}", full_step.parts(x, seen, student))
+    features = seen[0].features
     sizes = {
         "features": features.shape[-1],
-        "classes": x.num_classes,
-        "batch": 1,
+        "classes": size.num_classes,
+        "batch": size.batch,
         "channels": features.shape[1],
     }
-    calls = {name: partial(network_step, x, losses) for name, losses in variants}
+    del seen, student, features
+    calls = {
+        name: partial(full_step.retraining_step, x, networks, losses, False)
+        for name, losses in full_step.RETRAINING.items()
+    }
     return _rows("network", crop, sizes, calls, device, min(repeats, _NETWORK_RUNS))
 
 
-def _agree(what: str, calls: Mapping[str, Callable[[], Result]]) -> None:
-    expected = calls["published"]()
-    for name, call in calls.items():
-        error = disagreement(call(), expected) if name != "published" else 0.0
-        if not error <= TOLERANCE:
-            raise DisagreementError(f"{what}: {name} is {error:.1e} off the published arithmetic")
-
-
 def _rows(
-    step: str,
-    crop: int,
-    sizes: dict[str, int],
-    calls: Mapping[str, Callable[[], Result]],
-    device: str,
-    repeats: int,
+    step: str, crop: int, sizes: dict[str, int], calls: variants.Calls, device: str, repeats: int
 ) -> list[dict[str, Any]]:
-    counted = device == "cuda" or measure.can_measure()
-    extra = {
-        name: measure.peak_extra_mib(call, device=device, warm_up=False) if counted else None
-        for name, call in calls.items()
-    }
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            times[name].append(measure.time_ms(call, device=device))
+    head = {"step": step, "crop": crop, **sizes, "dtype": "float32"}
+    asked = Call(device, (torch.float32,), capability(device, None))
     rows = []
-    for name in calls:
-        ratios = [p / t for p, t in zip(times["published"], times[name], strict=True)]
-        used = {}
-        if name != "published":
-            call_of = Call(device, (torch.float32,), capability(device, None))
-            used = {op: decide(op, name, call_of)[0].name for op in OPERATORS[step]}
-        rows.append(
-            {
-                "step": step,
-                "crop": crop,
-                **sizes,
-                "dtype": "float32",
-                "variant": name,
-                "implementations": used,
-                "time_ms": round(statistics.median(times[name]), 2),
-                "time_min_ms": round(min(times[name]), 2),
-                "extra_mib": _rounded(extra[name], 2),
-                "speedup": round(statistics.median(ratios), 2),
-                "memory_ratio": _rounded(_ratio(extra[name], extra["published"]), 4),
-            }
-        )
+    for name, found in variants.timed(calls, device, repeats).items():
+        used = {op: decide(op, name, asked)[0].name for op in OPERATORS[step]} if name != "published" else {}
+        rows.append({**head, "variant": name, "implementations": used, **found})
     return rows
 
 
@@ -368,13 +227,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if full == "none":
         return 0
     size = full_step.FULL if full == "full" else full_step.TINY
+
+    def save(found: dict[str, Any]) -> None:
+        result["full"] = found
+        write_json(path, result)
+
     try:
-        found = full_step.run(size, settings.device, min(settings.repeats, _FULL_RUNS))
-    except full_step.DisagreementError as error:
+        found = full_step.run(size, settings.device, min(settings.repeats, _FULL_RUNS), save)
+    except DisagreementError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    result["full"] = found
-    write_json(path, result)
+    save(found)
     print(aligned("full_step", found["rows"]))
     print(aligned("full_targets", found["targets"]))
     missed = [one for one in found["targets"] if one["met"] is False and full == "full"]

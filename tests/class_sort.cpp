@@ -16,6 +16,7 @@
 
 namespace {
 
+using cisc::ceil_div;
 using namespace cisc::class_sort;
 
 int64_t checked_pairs = 0, checked_tiles = 0, checked_blocks = 0;

@@ -50,18 +50,13 @@ def _interprets(item: pytest.Item) -> bool:
     return implementation == "triton" and given.get("device", "cpu") == "cpu"
 
 
-def _lacking() -> list[str]:
-    """Operators that a library named by CISC_OPS does not have."""
-    if not os.environ.get("CISC_OPS"):
-        return []
-    from cisc_ext.ops.registry import OPERATORS
+def pytest_configure() -> None:
+    """A library that CISC_OPS names has to be there: without it its tests would all be skipped."""
+    if os.environ.get("CISC_OPS"):
+        from cisc_ext.ops import _library
 
-    there = {
-        name.removeprefix("cisc_ext::")
-        for name in torch._C._dispatch_get_registrations_for_dispatch_key("CPU")
-        if name.startswith("cisc_ext::")
-    }
-    return [name for name in OPERATORS if name not in there]
+        if not _library.LOADED:
+            raise pytest.UsageError(f"CISC_OPS: {_library.REASON}")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -72,12 +67,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             name = getattr(item, "originalname", item.name)
             if _interprets(item) and name not in INTERPRETED:
                 item.add_marker(pytest.mark.skip(reason=TOO_LONG))
-    lacking = _lacking()
-    for item in items if lacking else []:
-        of_all = item.path.name == "test_golden.py" and "-cpp" in item.nodeid
-        named = [name for name in lacking if of_all or f"{name}-cpp" in item.nodeid]
-        if named:
-            item.add_marker(pytest.mark.skip(reason=f"the library of CISC_OPS has no {', '.join(named)}"))
     items.sort(key=lambda item: item.path.name not in LONGEST)
     if not os.environ.get("CISC_TESTS_SHARD"):
         return

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from opcases import cotangent, is_empty
+from opcases import CUDA_MARKS, cotangent, is_empty
 from torch import Tensor
 
 from benchmarks.aligned_samples import aligned_samples
-from cisc_ext.ops.registry import OPERATORS, Call, Operator, capability
+from cisc_ext.ops.registry import OPERATORS, Operator
 
 IMPLEMENTATIONS = ("cpp", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -43,15 +43,11 @@ def workloads() -> list[Any]:
 
 def aligned(device: str, *impls: str) -> list[Any]:
     """Operator, implementation, aligned sample and device."""
-    marks = [
-        pytest.mark.cuda,
-        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
-    ]
     return [
         pytest.param(
             *(operator, impl, sample, device),
             id=f"{operator.name}-{impl}-{sample.name}-{device}",
-            marks=marks if device == "cuda" else [],
+            marks=CUDA_MARKS if device == "cuda" else [],
         )
         for operator in OPERATORS.values()
         for impl in impls
@@ -59,14 +55,8 @@ def aligned(device: str, *impls: str) -> list[Any]:
     ]
 
 
-def obstacles(operator: Operator, impl: str, device: str, dtype: torch.dtype = torch.float32) -> list[str]:
-    """Why an implementation cannot run there."""
-    (one,) = (one for one in operator.implementations if one.name == impl)
-    return one.obstacles(Call(device, (dtype,) * len(operator.features), capability(device, None)))
-
-
 def skip_unless_there(operator: Operator, impl: str, device: str = "cuda") -> None:
-    if reasons := obstacles(operator, impl, device):
+    if reasons := operator.obstacles(impl, device):
         pytest.skip("; ".join(reasons))
 
 

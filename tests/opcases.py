@@ -11,18 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from cisc_ext.ops.registry import OPERATORS, Implementation, Operator, Sample
+from cisc_ext.ops.registry import OPERATORS, Call, Implementation, Operator, Sample, capability
 
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.cuda,
-            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
-        ],
-    ),
+CUDA_MARKS = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
+DEVICES = ["cpu", pytest.param("cuda", marks=CUDA_MARKS)]
 SIMULATED = "simt" in Path(os.environ.get("CISC_OPS", "")).parts
 """Whether the library is the CUDA kernels on the CPU (CISC_SIMT=1)."""
 SAMPLES = {
@@ -88,13 +83,10 @@ def skip_unless_able(
     operator: Operator, implementation: Implementation, inputs: dict[str, Any], device: str | None = None
 ) -> None:
     """Skip, with the reasons, what this implementation cannot run on `device`, or where the inputs are."""
-    from cisc_ext.ops.registry import Call
-
     features = [inputs[name] for name in operator.features if isinstance(inputs.get(name), Tensor)]
-    reasons = implementation.obstacles(
-        Call(device or features[0].device.type, tuple(f.dtype for f in features))
-    )
-    if reasons:
+    device = device or features[0].device.type
+    dtypes = tuple(feature.dtype for feature in features)
+    if reasons := implementation.obstacles(Call(device, dtypes, capability(device, None))):
         pytest.skip("; ".join(reasons))
 
 
@@ -140,3 +132,34 @@ def reference(operator: Operator, inputs: dict[str, Any]) -> dict[str, Tensor]:
 
 def is_empty(inputs: dict[str, Any]) -> bool:
     return any(isinstance(value, Tensor) and value.numel() == 0 for value in inputs.values())
+
+
+BAD_VALUES: list[tuple[str, dict[str, Any]]] = [
+    ("masked_average_pool", {"features": torch.rand(1, 2, 3, 3), "labels": 0, "classes": -2}),
+    (
+        "cross_similarity",
+        {"query": torch.rand(1, 2, 3, 3), "guide": torch.rand(1, 2, 3, 3), "guide_labels": 0, "classes": -2},
+    ),
+    ("map_consistency", {"similarity": torch.rand(1, 1, 3, 3), "labels": 0, "classes": -2}),
+    ("rectified_cross_entropy", {"logits": torch.rand(1, 2, 3, 3), "labels": 2}),
+    ("rectified_cross_entropy", {"logits": torch.rand(1, 2, 3, 3), "labels": 2, "reduction": "none"}),
+    (
+        "rectified_cross_entropy",
+        {"logits": torch.rand(1, 2, 3, 3), "labels": 0, "similarity": torch.rand(1, 1, 3, 3), "classes": 2},
+    ),
+    ("predict", {"logits": torch.rand(1, 2, 3, 3), "size": (5, 5), "labels": 7}),
+]
+
+
+def bad_inputs(given: dict[str, Any], device: str) -> dict[str, Any]:
+    """The inputs that an entry of `BAD_VALUES` stands for: one label, or all classes, are wrong."""
+    inputs: dict[str, Any] = {}
+    for key, value in given.items():
+        if key.endswith("labels"):
+            inputs[key] = torch.zeros(1, 5, 5, dtype=torch.int64, device=device)
+            inputs[key][0, 4, 3] = value
+        elif key == "classes":
+            inputs[key] = torch.full((1, 1), value, device=device)
+        else:
+            inputs[key] = value.to(device) if isinstance(value, Tensor) else value
+    return inputs

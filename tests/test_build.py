@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -16,6 +15,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from buildcases import ROOT, foreign_symbols, load_setup, needed_libraries
 from setuptools import Distribution
 from torch import Tensor
 from torch.nn import functional
@@ -24,7 +24,6 @@ from cisc_ext.data import synthetic
 from cisc_ext.ops import _library
 from cisc_ext.ops.registry import OPERATORS
 
-ROOT = Path(__file__).resolve().parents[1]
 EPS = 5e-4
 
 compiled = pytest.mark.skipif(not _library.LOADED, reason=f"no compiled operators: {_library.REASON}")
@@ -37,6 +36,19 @@ def test_what_was_built_loads() -> None:
     assert _library.LOADED, _library.REASON
 
 
+def test_tests_of_a_library_that_is_not_there_do_not_run(tmp_path: Path) -> None:
+    """That of CISC_OPS; they would all be skipped, and be green."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "--collect-only", "tests/test_ops_memory.py"],
+        cwd=ROOT,
+        env={**os.environ, "CISC_OPS": str(tmp_path / "_ops.so")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR, done.stdout
+    assert "ERROR: CISC_OPS: _ops.so was not built" in done.stderr
+
+
 def test_why_a_library_does_not_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = tmp_path / "_ops.so"
     broken.write_bytes(b"")
@@ -45,16 +57,6 @@ def test_why_a_library_does_not_load(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(_library, "REASON", "")
     _library.load()
     assert not _library.LOADED and re.match(r"_ops.so cannot be loaded: .*file too short", _library.REASON)
-
-
-def load_setup() -> ModuleType:
-    """setup.py as a module."""
-    spec = importlib.util.spec_from_file_location("cisc_setup", ROOT / "setup.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -303,21 +305,6 @@ def test_cuda_choice_says_why(setup_py: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "new_cuda.cu").touch()
     cuda = setup_py.decide_cuda({"CUDA_HOME": str(tmp_path)}, tmp_path)
     assert (cuda.left_out, [path.name for path in cuda.sources]) == ("", ["new_cuda.cu"])
-
-
-def foreign_symbols(library: Path) -> list[str]:
-    """What it asks of torch's C++ or of Python, which other versions of these may lack."""
-    names = subprocess.run(["nm", "-D", "-C", "--undefined-only", library], capture_output=True, text=True)
-    assert names.returncode == 0
-    symbols = [line.split(maxsplit=1)[1] for line in names.stdout.splitlines() if line.split()[0] == "U"]
-    assert any(symbol.startswith("aoti_torch_") for symbol in symbols)
-    return [symbol for symbol in symbols if re.search(r"\b(c10|at|torch)::|\bPy[A-Z_]|^_?Py", symbol)]
-
-
-def needed_libraries(library: Path) -> list[str]:
-    """What the loader looks for."""
-    done = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True)
-    return re.findall(r"\(NEEDED\).*\[(.*)\]", done.stdout)
 
 
 @compiled

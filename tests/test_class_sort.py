@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
-import pytest
-
-TESTS = Path(__file__).resolve().parent
-CSRC = TESTS.parent / "csrc"
+from programs import CSRC, TESTS, compile_program, needs_gcc, run_program
 
 
 def _constant(source: str, name: str) -> int:
@@ -21,20 +16,16 @@ def _constant(source: str, name: str) -> int:
     return int(found[1]) << int(found[2] or 0)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+@needs_gcc
 def test_every_pair_of_equal_labels_is_met_once(tmp_path: Path) -> None:
     """Up to 131072 pixels against as many; and what schedules leave fits their workspace."""
-    program = tmp_path / "class_sort"
-    flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-I", str(CSRC)]
-    subprocess.run(["g++", *flags, str(TESTS / "class_sort.cpp"), "-o", str(program)], check=True)
+    program = compile_program(tmp_path / "class_sort", TESTS / "class_sort.cpp")
     workspace = _constant("cross_similarity_device.cuh", "kResultBytes")
     images = _constant("cross_similarity_device.cuh", "kImageBytes")
     assert workspace + images <= 64 << 20
     state_bytes, winner_bytes = 32, 8
     winners = _constant("cross_similarity_cuda.cu", "kSharedWinners")
     for pixel_bytes in (state_bytes, state_bytes + winner_bytes * winners):
-        done = subprocess.run(
-            [program, str(workspace), str(pixel_bytes)], capture_output=True, text=True, timeout=120
-        )
+        done = run_program(program, str(workspace), str(pixel_bytes))
         assert done.returncode == 0, done.stdout + done.stderr
         assert re.fullmatch(r"\d{7,} pairs, \d+ tiles, \d+ units\n", done.stdout), done.stdout

@@ -12,19 +12,15 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from buildcases import ROOT, foreign_symbols, load_setup, needed_libraries
 from cuda_probe import Kernel, cuobjdump, kernels_of, parts, problems, table
-from test_build import foreign_symbols, load_setup, needed_libraries
+from programs import needs_gcc
 
 from cisc_ext.ops.registry import OPERATORS
 
-ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "csrc").glob("*.cu"))
-WITH_KERNELS = {name for name in OPERATORS if (ROOT / "csrc" / f"{name}_cuda.cu").is_file()}
 
-pytestmark = [
-    pytest.mark.skipif(shutil.which("g++") is None, reason="no g++"),
-    pytest.mark.skipif(not SOURCES, reason="no CUDA sources"),
-]
+pytestmark = needs_gcc
 tools = pytest.mark.skipif(cuobjdump() is None, reason="no cuobjdump: neither Triton's nor on PATH")
 
 
@@ -91,7 +87,7 @@ def test_it_loads_and_computes_without_a_gpu(package: Path) -> None:
     path, kernels = run(package, "-c", LOADED).splitlines()
     assert Path(path) == package / "cisc_ext" / "_ops.so"
     registered = set(kernels.split())
-    assert {name for name in registered if name in OPERATORS} == WITH_KERNELS
+    assert registered >= set(OPERATORS)
     declared = {name for source in SOURCES for name in re.findall(r'm\.impl\(\s*"(\w+)"', source.read_text())}
     assert registered == declared
 

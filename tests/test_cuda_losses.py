@@ -14,7 +14,6 @@ from oprule import assert_meets_rule
 from torch import Tensor
 
 from cisc_ext import ops
-from cisc_ext.ops import _library
 from cisc_ext.ops.registry import OPERATORS
 
 IGNORED = 255
@@ -68,7 +67,7 @@ def _far_below(inputs: dict[str, Any]) -> dict[str, Any]:
     return inputs
 
 
-@pytest.mark.skipif(not _library.LOADED, reason="the compiled operators are not there")
+@pytest.mark.skipif(not SIMULATED, reason="only the simulator has a number of multiprocessors to choose")
 @pytest.mark.parametrize("more", [{}, {"ohem_threshold": 0.5, "ohem_min_kept": 40}], ids=["all", "ohem"])
 @pytest.mark.parametrize("far_below", [False, True], ids=["plain", "far_below"])
 def test_same_bits_on_any_number_of_multiprocessors(

@@ -43,8 +43,8 @@ INPUTS = {
 
 def _able(name: str, device: str) -> list[str]:
     """The implementations of an operator that can run in float32 on a device."""
-    call = registry.Call(device, (torch.float32,))
-    return [one.name for one in registry.OPERATORS[name].implementations if not one.obstacles(call)]
+    operator = registry.OPERATORS[name]
+    return [one.name for one in operator.implementations if not operator.obstacles(one.name, device)]
 
 
 def _ours(impl: str | None, device: str = "cpu") -> dict[str, Callable[..., Any]]:

@@ -5,6 +5,7 @@ implementations.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import memory_probe
@@ -19,7 +20,6 @@ from gpucases import (
     call_of,
     changed,
     moved,
-    obstacles,
     one_elsewhere,
     same_bits,
     samples,
@@ -27,18 +27,15 @@ from gpucases import (
     without_gradient,
     workloads,
 )
-from opcases import as_dtype, cast
-from test_ops_special import BAD_VALUES, bad_inputs
+from opcases import BAD_VALUES, CUDA_MARKS, as_dtype, bad_inputs, cast
 from torch import Tensor
 
 from benchmarks.measure import peak_extra_mib
 from cisc_ext import ops
-from cisc_ext.ops.registry import EXTRA_BYTES_CPU, OPERATORS, Call, Operator, capability, decide
+from cisc_ext.ops._implementations import OLDEST_CAPABILITY, OLDEST_CUDA
+from cisc_ext.ops.registry import EXTRA_BYTES_CPU, OPERATORS, Operator, capability, decide
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
-]
+pytestmark = CUDA_MARKS
 
 RUNS = 20
 MIB = 2**20
@@ -56,11 +53,17 @@ def _first(operator: Operator, dtype: torch.dtype = torch.float32) -> Inputs:
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_auto_takes_a_kernel(name: str) -> None:
-    chip = capability("cuda", None)
-    dtypes = (torch.bfloat16,) * len(OPERATORS[name].features)
-    if all(obstacles(OPERATORS[name], impl, "cuda") for impl in IMPLEMENTATIONS):
+    """There is one in CUDA, unless CISC_CUDA=0 says that they were left out, and one in Triton: without them
+    the tests of it would all be skipped, and be green."""
+    operator, chip = OPERATORS[name], capability("cuda", None)
+    assert chip is not None
+    if os.environ.get("CISC_CUDA") != "0" and chip >= OLDEST_CUDA:
+        assert operator.obstacles("cpp", "cuda") == []
+    if chip >= OLDEST_CAPABILITY:
+        assert operator.obstacles("triton", "cuda") == []
+    if all(operator.obstacles(impl, "cuda") for impl in IMPLEMENTATIONS):
         pytest.skip("no implementation runs on this GPU")
-    chosen, passed_over = decide(name, None, Call("cuda", dtypes, chip))
+    chosen, passed_over = decide(name, None, operator.call("cuda", torch.bfloat16))
     assert chosen.name in IMPLEMENTATIONS, passed_over
 
 

@@ -124,6 +124,22 @@ def test_entries_are_complete(name: str) -> None:
         assert not operator.implementations[-1].obstacles(Call(device, (torch.bfloat16,)))
 
 
+def test_cost_counts_what_labels_leave() -> None:
+    operator = registry.OPERATORS["cross_similarity"]
+    labels = torch.zeros(1, 4, 4, dtype=torch.uint8)
+    labels[:, 2:] = 1
+    inputs = {"query": torch.ones(1, 8, 4, 4), "guide": torch.ones(1, 8, 4, 4), "guide_labels": labels}
+    norms = 2 * 2 * 8 * 16
+    half = operator.cost({**inputs, "classes": torch.zeros(1, 1, dtype=torch.int64)}, "forward")
+    assert half.flops == 2 * 8 * 16 * 8 + norms
+    own = operator.cost({**inputs, "query_labels": labels}, "forward")
+    assert own.flops == 2 * 8 * (8 * 8 + 8 * 8) + norms
+    none = operator.cost({**inputs, "classes": torch.full((1, 1), -1)}, "forward")
+    assert none.flops == norms
+    assert set(registry.PASSES) == {"forward", "backward", "both"}
+    assert isinstance(half, registry.Cost)
+
+
 HOPPER, AMPERE, TURING, VOLTA = (9, 0), (8, 0), (7, 5), (7, 0)
 ALL = frozenset(registry.OPERATORS)
 NO_LIBRARY, NO_TRITON = "_ops.so was not built", "Triton is not installed"
@@ -233,6 +249,19 @@ def test_auto_is_a_function_of_call_and_machine(machine: str, name: str) -> None
     chosen, passed_over = decide(name, None, Call(device, (torch.float64,) * features, chip, found))
     assert chosen.name == "reference"
     assert all("float64 is the reference's" in passed_over[other] for other in ("cpp", "triton"))
+
+
+@pytest.mark.parametrize("name", registry.OPERATORS)
+def test_an_operators_obstacles_are_those_of_this_machine(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    operator = registry.OPERATORS[name]
+    monkeypatch.setattr(registry, "capability", lambda device, _: TURING if device == "cuda" else None)
+    monkeypatch.setattr(_implementations, "HERE", Found("", "", cuda_kernels=ALL - {name}))
+    assert operator.obstacles("cpp", "cpu") == []
+    assert operator.obstacles("cpp", "cpu", torch.float64) == ["float64 is the reference's"]
+    assert operator.obstacles("cpp", "cuda") == [f"there is no CUDA kernel of {name} in this build"]
+    assert operator.obstacles("triton", "cuda") == ["Triton needs compute capability 8.0, this GPU has 7.5"]
+    monkeypatch.setattr(_implementations, "HERE", Found("", "", cuda_kernels=ALL))
+    assert operator.obstacles("cpp", "cuda") == []
 
 
 @pytest.mark.parametrize("name", registry.OPERATORS)

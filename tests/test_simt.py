@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from programs import SIMT, compile_program, needs_gcc, run_program
 
-SIMT = Path(__file__).parent / "simt"
-
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+pytestmark = needs_gcc
 
 PROGRAM = r"""
 #include <cstdio>
@@ -118,23 +116,14 @@ int main(int, char** words) {
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("simt")
-    (folder / "main.cpp").write_text(PROGRAM)
-    words = ["g++", "-std=c++17", "-O2", "-U_FORTIFY_SOURCE", "-I", str(SIMT)]
-    sources = [str(folder / "main.cpp"), str(SIMT / "simt.cpp")]
-    done = subprocess.run([*words, *sources, "-o", str(folder / "main")], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return folder / "main"
+    main = folder / "main.cpp"
+    main.write_text(PROGRAM)
+    return compile_program(folder / "main", main, SIMT / "simt.cpp", flags=("-U_FORTIFY_SOURCE",))
 
 
 def run(program: Path, what: str, order: str = "forward", **env: str) -> subprocess.CompletedProcess[str]:
     kept = {key: value for key, value in os.environ.items() if not key.startswith("CISC_")}
-    return subprocess.run(
-        [str(program), what],
-        env={**kept, "CISC_SIMT_ORDER": order, **env},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    return run_program(program, what, env={**kept, "CISC_SIMT_ORDER": order, **env})
 
 
 def printed(program: Path, what: str, order: str = "forward", **env: str) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import full_step, machine, measure, published, step
+from benchmarks import cases, full_step, machine, measure, published, step, variants
 
 Golden = Callable[[str], dict[str, Tensor]]
 
@@ -49,7 +49,7 @@ def test_variants_agree_in_float64(name: str) -> None:
     x = step.make_inputs(49, dtype=torch.float64)
     expected = step.VARIANTS[name]["published"](x)
     for variant in ("reference", "auto"):
-        assert step.disagreement(step.VARIANTS[name][variant](x), expected) < 1e-9
+        assert variants.disagreement(step.VARIANTS[name][variant](x), expected) < 1e-9
 
 
 def test_inputs_are_what_the_step_needs() -> None:
@@ -69,7 +69,7 @@ def test_disagreeing_variants_are_not_timed(
 
     monkeypatch.setitem(step.VARIANTS["rectify"], "auto", wrong)
     monkeypatch.setattr(measure, "time_ms", lambda *_, **__: pytest.fail("timed"))
-    with pytest.raises(step.DisagreementError, match=r"rectify at 33: auto is .* off"):
+    with pytest.raises(cases.DisagreementError, match=r"rectify at 33: auto is .* off"):
         step.measure_step("rectify", 33, "cpu", 1)
 
 
@@ -84,9 +84,8 @@ def test_step_writes_its_result(tmp_path: Path) -> None:
     assert result["threads"] == 1 and result["device"] == "cpu"
     assert result["command"].startswith("python -m benchmarks.step --crop 129")
     rows = {(row["step"], row["variant"]): row for row in result["rows"]}
-    variants = {name: list(step.VARIANTS[name]) for name in step.VARIANTS}
-    variants["network"] = list(step.NETWORK_VARIANTS)
-    assert set(rows) == {(name, variant) for name in variants for variant in variants[name]}
+    measured: dict[str, Iterable[str]] = {**step.VARIANTS, "network": full_step.RETRAINING}
+    assert set(rows) == {(name, variant) for name, of_step in measured.items() for variant in of_step}
     for (_, variant), row in rows.items():
         assert (row["crop"], row["features"], row["classes"]) == (129, 33, 19)
         assert 0 < row["time_min_ms"] <= row["time_ms"]
@@ -139,16 +138,53 @@ def test_the_full_step_is_judged() -> None:
 def test_a_batch_that_does_not_fit_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def measured(size: full_step.Size, device: str, repeats: int) -> list[dict[str, Any]]:
+    def measured(size: full_step.Size, device: str, repeats: int) -> Iterator[dict[str, Any]]:
         asked.append(size.batch)
+        yield {"batch": size.batch}
         if size.batch > 2:
             raise torch.OutOfMemoryError("full")
-        return []
 
     monkeypatch.setattr(full_step, "measured", measured)
     monkeypatch.setattr(full_step, "judged", lambda rows: [])
-    found = full_step.run(full_step.FULL, "cpu", 1)
+    found = full_step.run(full_step.FULL, "cpu", 1, lambda _: None)
     assert asked == [8, 4, 2] and found["too_large_batches"] == [8, 4]
+    assert found["rows"] == [{"batch": 2}], "those of a batch that did not fit are gone"
+
+
+def test_rows_of_the_full_step_outlive_an_interruption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(*_: Any) -> Iterator[dict[str, Any]]:
+        yield {"step": "first"}
+        yield {"step": "second"}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(full_step, "measured", measured)
+    monkeypatch.setattr(step, "VARIANTS", {})
+    monkeypatch.setattr(step, "measure_network", lambda *_: [])
+    path = tmp_path / "step.json"
+    with pytest.raises(KeyboardInterrupt):
+        step.main(["--full", "tiny", "--json", str(path)])
+    full = json.loads(path.read_text())["full"]
+    assert full["rows"] == [{"step": "first"}, {"step": "second"}] and full["wanted_batch"] == 2
+
+
+def test_no_extra_memory_is_a_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = {"published": 4.0, "none": 0.0, "some": 1.0}
+    monkeypatch.setattr(measure, "can_measure", lambda: True)
+    monkeypatch.setattr(measure, "peak_extra_mib", lambda call, **_: held[call()])
+    monkeypatch.setattr(measure, "time_ms", lambda call, **_: 2.0)
+    found = variants.timed({name: lambda name=name: name for name in held}, "cpu", 1)  # type: ignore[misc]
+    ratios = {name: (row["extra_mib"], row["memory_ratio"]) for name, row in found.items()}
+    assert ratios == {"published": (4.0, 1.0), "none": (0.0, 0.0), "some": (1.0, 0.25)}
+    monkeypatch.setattr(measure, "can_measure", lambda: False)
+    uncounted = variants.timed({"published": lambda: ()}, "cpu", 1, images=3)
+    assert uncounted == {
+        "published": {
+            **{"time_ms": 2.0, "time_min_ms": 2.0, "images_per_s": 1500.0},
+            **{"extra_mib": None, "speedup": 1.0, "memory_ratio": None},
+        }
+    }
 
 
 def test_losses_of_the_full_step_must_agree(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,5 +192,7 @@ def test_losses_of_the_full_step_must_agree(monkeypatch: pytest.MonkeyPatch) -> 
         return 1.001 * full_step.similarity_and_losses(*words)
 
     monkeypatch.setitem(full_step.RETRAINING, "auto", wrong)
-    with pytest.raises(full_step.DisagreementError, match=r"^similarity and losses: auto is .* off"):
-        full_step.measured(full_step.TINY, "cpu", 1)
+    with pytest.raises(cases.DisagreementError, match=r"^similarity and losses: auto is .* off"):
+        next(full_step.measured(full_step.TINY, "cpu", 1))
+    with pytest.raises(cases.DisagreementError, match=r"^network at 65: auto is .* off"):
+        step.measure_network(65, "cpu", 1)

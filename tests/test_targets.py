@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import cases, first_call, measure, profile, sanitize, targets
-from cisc_ext.ops import _library
+from benchmarks import cases, first_call, machine, measure, profile, sanitize, targets
 from cisc_ext.ops._workloads import Size
-from cisc_ext.ops.registry import OPERATORS, Call, Found
+from cisc_ext.ops.registry import OPERATORS
 
 RATES = targets.Rates(copy_gbps=4000.0, multiprocessors=132, ghz=1.75)
 TRITON, CPP = targets.TARGETS["triton"], targets.TARGETS["cpp"]
@@ -193,11 +194,15 @@ def test_calls_run_as_often_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(done) == 1 + runs
 
 
+def _no_chip_for_triton(case: cases.Case, impl: str) -> list[str]:
+    return ["no chip"] if impl == "triton" else []
+
+
 def test_what_cannot_run_is_left_out_with_its_reason(
     pretended: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pretended(1e-9)
-    monkeypatch.setattr(targets, "obstacles", lambda case, impl: ["no chip"] if impl == "triton" else [])
+    monkeypatch.setattr(targets, "obstacles", _no_chip_for_triton)
     left_out: list[dict[str, str]] = []
     rows = list(targets.measured("cpu", RATES, True, left_out=left_out))
     assert {row["impl"] for row in rows} == {"cpp"}
@@ -206,15 +211,46 @@ def test_what_cannot_run_is_left_out_with_its_reason(
     ]
 
 
-def test_obstacles_are_those_of_the_registry() -> None:
-    case = case_of("predict", "forward")
-    assert any("no CUDA kernel" in reason for reason in _on("cuda", case, "cpp")) or torch.cuda.is_available()
-    assert not targets.obstacles(case, "cpp") or not _library.LOADED
+@pytest.mark.parametrize(("words", "code"), [([], 1), (["--impl", "cpp"], 0)])
+def test_what_cannot_run_is_a_failure_unless_left_out_by_name(
+    words: list[str],
+    code: int,
+    pretended: Callable[[float], None],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pretended(1e-9)
+    monkeypatch.setattr(targets, "obstacles", _no_chip_for_triton)
+    of_device = targets.measured
+    monkeypatch.setattr(targets, "measured", lambda device, *rest: of_device("cpu", *rest))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132)
+    )
+    monkeypatch.setattr(targets.ceilings, "copy_gbps", lambda *_: 4000.0)
+    monkeypatch.setattr(machine, "facts", lambda *_: {})
+    path = tmp_path / "targets.json"
+    assert targets.main(["--quick", "--json", str(path), *words]) == code
+    result = json.loads(path.read_text())
+    assert {row["impl"] for row in result["rows"]} == {"cpp"}
+    assert len(result["left_out"]) == code * len(OPERATORS)
+    assert ("LEFT OUT predict triton: no chip" in capsys.readouterr().out) == bool(code)
 
 
-def _on(device: str, case: cases.Case, impl: str) -> list[str]:
-    (one,) = (one for one in case.operator.implementations if one.name == impl)
-    return one.obstacles(Call(device, (case.dtype,), (9, 0), Found("", "")))
+@pytest.mark.parametrize(
+    ("prints", "ghz"),
+    [("echo 1980; echo 1755", 1.98), ("echo '[N/A]'", 1.75), ("exit 9", 1.75), ("", 1.75)],
+    ids=["two", "unknown", "fails", "empty"],
+)
+def test_the_clock_is_the_gpus(
+    prints: str, ghz: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert targets.clock_ghz() == targets.GHZ == 1.75
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{prints}\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    assert targets.clock_ghz() == ghz
 
 
 def test_a_wrong_result_meets_no_target(

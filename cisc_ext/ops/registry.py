@@ -142,6 +142,15 @@ class Operator:
     extra_bytes_cpu: int = EXTRA_BYTES_CPU
     """Most that it may allocate on the CPU, counted like `EXTRA_BYTES_CPU`."""
 
+    def call(self, device: str, dtype: torch.dtype = torch.float32) -> Call:
+        """A call of it on this machine, with all features in `dtype`."""
+        return Call(device, (dtype,) * len(self.features), capability(device, None))
+
+    def obstacles(self, impl: str, device: str, dtype: torch.dtype = torch.float32) -> list[str]:
+        """Why an implementation of it cannot serve such a call."""
+        (one,) = (one for one in self.implementations if one.name == impl)
+        return one.obstacles(self.call(device, dtype))
+
 
 OPERATORS: dict[str, Operator] = {}
 
