@@ -6,6 +6,7 @@ import os
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,16 +39,30 @@ INTERPRETED = {
     "test_zero_vectors",
 }
 """Tests of any implementation that Triton's interpreter ends in seconds; the others run it on a GPU."""
+LONG_GOLDENS = ("square", "wide", "unaligned")
+"""Goldens of `test_float32` that it takes half a minute for each; the others have all that these have."""
 LONGEST = ("test_triton_compile.py", "test_cuda_build.py", "test_ops.py", "test_golden.py")
 """Files that come first, so that processes side by side end at about the same time."""
 TOO_LONG = "long in Triton's interpreter: a GPU runs it, or CISC_INTERPRET_ALL=1"
 
 
+def _given(item: pytest.Item) -> dict[str, Any]:
+    """A test's parameters."""
+    given: dict[str, Any] = getattr(getattr(item, "callspec", None), "params", {})
+    return given
+
+
 def _interprets(item: pytest.Item) -> bool:
     """Whether a test runs a Triton kernel on the CPU."""
-    given = getattr(getattr(item, "callspec", None), "params", {})
+    given = _given(item)
     implementation = getattr(given.get("implementation"), "name", given.get("impl"))
     return implementation == "triton" and given.get("device", "cpu") == "cpu"
+
+
+def _takes_minutes(item: pytest.Item) -> bool:
+    """Whether it is left to a GPU."""
+    name = getattr(item, "originalname", item.name)
+    return name not in INTERPRETED or (name == "test_float32" and _given(item).get("name") in LONG_GOLDENS)
 
 
 def pytest_configure() -> None:
@@ -64,8 +79,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     CISC_TESTS_SHARD=I/N, all but the I-th of N parts, in which tests of the same case stay together."""
     if os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get("CISC_INTERPRET_ALL") != "1":
         for item in items:
-            name = getattr(item, "originalname", item.name)
-            if _interprets(item) and name not in INTERPRETED:
+            if _interprets(item) and _takes_minutes(item):
                 item.add_marker(pytest.mark.skip(reason=TOO_LONG))
     items.sort(key=lambda item: item.path.name not in LONGEST)
     if not os.environ.get("CISC_TESTS_SHARD"):
