@@ -39,8 +39,8 @@ INTERPRETED = {
     "test_zero_vectors",
 }
 """Tests of any implementation that Triton's interpreter ends in seconds; the others run it on a GPU."""
-LONG_GOLDENS = ("square", "wide", "unaligned")
-"""Goldens of `test_float32` that it takes half a minute for each; the others have all that these have."""
+LONG_GOLDENS = ("square", "wide", "unaligned", "ohem")
+"""Goldens of `test_float32` that it takes half a minute and more for; test_ops has samples of their kinds."""
 LONGEST = ("test_triton_compile.py", "test_cuda_build.py", "test_ops.py", "test_golden.py")
 """Files that come first, so that processes side by side end at about the same time."""
 TOO_LONG = "long in Triton's interpreter: a GPU runs it, or CISC_INTERPRET_ALL=1"
