@@ -1,8 +1,8 @@
 // Pixels sorted by the class of their label on a GPU, and what of it a tile of pixels has to meet. Shared by
 // host and device code; needs no torch header.
 //
-// A label goes to one of 256 bins. Bytes have a bin for each value; of wider labels several may share one, so
-// that whoever meets a bin compares the labels too. The sort is stable: in chunks of items, the bins are
+// A label goes to one of 256 bins. Bytes have a bin for each value; of wider labels those that are no byte share
+// the last one, with 255, so that whoever meets it compares the labels too. The sort is stable: in chunks of items, the bins are
 // counted; counts become places; each bin's items go to their place in order.
 #pragma once
 
@@ -18,7 +18,9 @@ constexpr int kTile = 64;         // pixels that are compared together
 constexpr int64_t kBlocks = 512;  // that a launch should have: several for each multiprocessor of a large GPU
 constexpr int64_t kLeastTiles = 4;  // of the streamed side, that are worth a block
 
-CISC_HD int32_t bin_of(int64_t label) { return static_cast<int32_t>(static_cast<uint64_t>(label) % kBins); }
+CISC_HD int32_t bin_of(int64_t label) {
+  return label >= 0 && label < kBins - 1 ? static_cast<int32_t>(label) : kBins - 1;
+}
 
 CISC_HD int64_t chunks_of(int64_t items) { return ceil_div(items, kChunk); }
 
@@ -90,17 +92,26 @@ struct Job {
   int64_t image, slot, tile, split;
 };
 
+// How tiles are cut, and how many blocks there should be.
+struct Cut {
+  int64_t rows;     // of the one side, that are a tile
+  int64_t columns;  // of the other side, that are met together
+  int64_t blocks;
+};
+
+constexpr Cut kPlainCut{kTile, kTile, kBlocks};
+
 // Tiles of one side, in order of images and slots; each meets what it has to of the other side in `splits`
 // blocks.
 struct Schedule {
-  int64_t images, slots, tiles, splits;
+  int64_t images, slots, tiles, splits, rows;  // rows: of a tile
 
   // By shapes alone, so that a sum has the same parts on every GPU. pixels, streamed: of an image
-  CISC_HD static Schedule of(int64_t images, int64_t slots, int64_t pixels, int64_t streamed) {
-    Schedule s{images, slots, ceil_div(pixels, kTile), 1};
+  CISC_HD static Schedule of(int64_t images, int64_t slots, int64_t pixels, int64_t streamed, Cut cut) {
+    Schedule s{images, slots, ceil_div(pixels, cut.rows), 1, cut.rows};
     const int64_t all = s.units();
     if (all == 0) return s;
-    const int64_t wanted = ceil_div(kBlocks, all), most = ceil_div(streamed, kTile) / kLeastTiles;
+    const int64_t wanted = ceil_div(cut.blocks, all), most = ceil_div(streamed, cut.columns) / kLeastTiles;
     s.splits = wanted < most ? wanted : most;
     if (s.splits < 1) s.splits = 1;
     return s;
@@ -114,7 +125,7 @@ struct Schedule {
 
   // Units whose blocks' results fit together, one for each of the tile's pixels and each split.
   CISC_HD int64_t units_at_once(int64_t bytes, int64_t pixel_bytes) const {
-    const int64_t fit = bytes / (splits * kTile * pixel_bytes);
+    const int64_t fit = bytes / (splits * rows * pixel_bytes);
     return fit < 1 ? 1 : fit < units() ? fit : units();
   }
 

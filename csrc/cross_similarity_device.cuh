@@ -9,6 +9,7 @@
 
 #include "class_sort.h"
 #include "cross_similarity_arguments.h"
+#include "cross_similarity_state.cuh"
 #include "device.cuh"
 #include "tensors.h"
 
@@ -29,7 +30,6 @@ constexpr int kColumns = kTile / kParts;  // of a tile, that a thread reduces
 constexpr int kMicro = 4;                 // products of a thread: 4 x 4
 constexpr int kMicros = kTile / kMicro;   // threads along a side of the tile
 constexpr int64_t kImageBytes = 16 << 20, kResultBytes = 24 << 20;  // of workspace
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 static_assert(kDepth == kParts * kMicro && kThreads * kMicro * kMicro == kTile * kTile, "a thread's share");
 static_assert(kThreads == kBins, "a thread has a bin");
@@ -93,21 +93,27 @@ __device__ __forceinline__ float unit_of(float value, float scale, float rest, f
   return fmaf(near, rest, near * low);
 }
 
-// Adds a term to a sum that has lost so much to rounding; returns what it has lost now.
-__device__ __forceinline__ float add_compensated(float term, float lost,
-                                                 // outputs
-                                                 float& value) {
-  const float rest = term - lost, sum = value + rest, now = (sum - value) - rest;
-  value = sum;
-  return now;
-}
-
-// A sum of many terms.
-struct Sum {
-  float value = 0.0f, lost = 0.0f;
-
-  __device__ __forceinline__ void add(float term) { lost = add_compensated(term, lost, value); }
+// 1 / the length of a vector, as scale * (rest + low).
+struct Length {
+  double norm;
+  bool finite, exists;  // exists: finite, and long enough to have a direction
+  float scale, rest, low;
 };
+
+__device__ inline Length inverse_length(double norm, double eps) {
+  constexpr double kLeast = std::numeric_limits<float>::min();
+  const bool finite = norm - norm == 0.0;
+  Length length{norm, finite, finite && norm >= eps && norm >= kLeast, 0.0f, finite ? 0.0f : kNan, 0.0f};
+  if (!length.exists) return length;
+  int exponent = 0;
+  ::frexp(norm, &exponent);
+  exponent = exponent > 126 ? 126 : exponent < -126 ? -126 : exponent;
+  length.scale = ::ldexpf(1.0f, -exponent);
+  const double wanted = 1.0 / (norm * static_cast<double>(length.scale));
+  length.rest = static_cast<float>(wanted);
+  length.low = static_cast<float>(wanted - static_cast<double>(length.rest));
+  return length;
+}
 
 // A thread has a pixel.
 __global__ void __launch_bounds__(kThreads) measure_kernel(Side side, int64_t images, double eps) {
@@ -119,22 +125,10 @@ __global__ void __launch_bounds__(kThreads) measure_kernel(Side side, int64_t im
     const double value = read_element(side.image.kind, side.image.data, offset + c * side.image.stride_c);
     squares += value * value;
   }
-  constexpr double kLeast = std::numeric_limits<float>::min();
-  const double norm = ::sqrt(squares);
-  const bool finite = norm - norm == 0.0;
-  float scale = 0.0f, rest = finite ? 0.0f : kNan, low = 0.0f;
-  if (finite && norm >= eps && norm >= kLeast) {
-    int exponent = 0;
-    ::frexp(norm, &exponent);
-    exponent = exponent > 126 ? 126 : exponent < -126 ? -126 : exponent;
-    scale = ::ldexpf(1.0f, -exponent);
-    const double wanted = 1.0 / (norm * static_cast<double>(scale));
-    rest = static_cast<float>(wanted);
-    low = static_cast<float>(wanted - static_cast<double>(rest));
-  }
-  side.scale[number] = scale;
-  side.rest[number] = rest;
-  side.low[number] = low;
+  const Length length = inverse_length(::sqrt(squares), eps);
+  side.scale[number] = length.scale;
+  side.rest[number] = length.rest;
+  side.low[number] = length.low;
 }
 
 // Bins of pixels by their labels.

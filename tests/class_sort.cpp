@@ -106,7 +106,7 @@ void visit(const SkipList& list, const Schedule& schedule, std::vector<int32_t>&
 // Own-label mode: tiles of the query against the guide.
 void check_own(const Sorted& query, const Sorted& guide, int64_t ignored) {
   const Schedule schedule = Schedule::of(1, 1, static_cast<int64_t>(query.labels.size()),
-                                         static_cast<int64_t>(guide.labels.size()));
+                                         static_cast<int64_t>(guide.labels.size()), kPlainCut);
   std::map<int64_t, int64_t> members;  // of a label in the guide
   for (const int64_t label : guide.labels) ++members[label];
   std::vector<int32_t> met(static_cast<size_t>(guide.starts[kBins]));
@@ -148,7 +148,7 @@ void check_class(const Sorted& guide, int64_t wanted, int64_t query_pixels) {
   list.clear();
   const auto bin = static_cast<size_t>(bin_of(wanted));
   list.add(guide.starts[bin], guide.starts[bin + 1]);
-  const Schedule schedule = Schedule::of(2, 3, query_pixels, static_cast<int64_t>(guide.labels.size()));
+  const Schedule schedule = Schedule::of(2, 3, query_pixels, static_cast<int64_t>(guide.labels.size()), kPlainCut);
   std::vector<int32_t> met(static_cast<size_t>(guide.starts[kBins]), 0);
   visit(list, schedule, met);
   for (size_t at = 0; at < met.size(); ++at) {
@@ -161,7 +161,7 @@ void check_class(const Sorted& guide, int64_t wanted, int64_t query_pixels) {
 // Every tile of every image and slot is somebody's once, and what the blocks leave fits.
 void check_schedule(int64_t images, int64_t slots, int64_t query, int64_t guide, int64_t bytes,
                     int64_t pixel_bytes) {
-  const Schedule s = Schedule::of(images, slots, query, guide);
+  const Schedule s = Schedule::of(images, slots, query, guide, kPlainCut);
   require(s.tiles * kTile >= query && (s.tiles - 1) * kTile < std::max<int64_t>(query, 1), "tiles", s.tiles,
           query);
   require(s.splits >= 1 && s.splits <= std::max<int64_t>(ceil_div(guide, kTile), 1), "splits", s.splits,

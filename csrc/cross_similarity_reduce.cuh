@@ -1,0 +1,535 @@
+// Reductions of products in the accumulators of tensor cores: for 16 rows of a warp and a number of columns, of
+// which a thread has two rows and every fourth pair of columns (fragments::row, column).
+//
+// A reducer lives in registers while a group of query rows meets the guide:
+//   begin(rows)          a new group; rows.position(m, half) are the query's positions
+//   segment(first, behind)  those positions meet the next tiles; others let them pass
+//   tile(sums, scales, first, columns)  a tile's products; it begins at position `first`, and has `columns`
+//   end(write)           the four threads of a row put together what they have; one of them writes it
+#pragma once
+
+#include "cross_similarity_sweep.cuh"
+
+namespace cisc::cross_similarity::reduce {
+
+constexpr int kStrip = 8;  // products of a row that are looked at together: of four neighbouring m16n8
+
+#ifdef CISC_SIMT
+#define CISC_UNROLL
+#define CISC_ROLL
+#else
+#define CISC_UNROLL _Pragma("unroll")
+#define CISC_ROLL _Pragma("unroll 1")
+#endif
+
+// Where a thread's rows and columns lie.
+struct Place {
+  int32_t first;  // position of the first row of the thread's warp
+  int32_t pitch;  // positions from one tile of rows to the next
+  int lane;
+
+  __device__ __forceinline__ int32_t position(int m, int half) const {
+    return first + m * pitch + fragments::row(lane, 2 * half);
+  }
+  __device__ __forceinline__ int column() const { return fragments::column(lane, 0); }
+};
+
+// What stands in the sums for columns behind the last one.
+template <int kRowTiles, int kSums>
+__device__ __forceinline__ void hide_columns(int column, int columns, float value,
+                                             // outputs
+                                             float (&sums)[kRowTiles][kSums]) {
+  CISC_UNROLL
+  for (int i = 0; i < kSums; ++i) {
+    const bool outside = column + i / 4 * 8 + i % 2 >= columns;
+    CISC_UNROLL
+    for (int m = 0; m < kRowTiles; ++m) sums[m][i] = outside ? value : sums[m][i];
+  }
+}
+
+// Scales of the columns of a strip that a thread has.
+struct Scales {
+  float at[kStrip];
+
+  __device__ __forceinline__ static Scales of(const float* scales) {
+    Scales s;
+    CISC_UNROLL
+    for (int i = 0; i < kStrip; ++i) s.at[i] = __ldg(scales + i / 2 * 8 + i % 2);
+    return s;
+  }
+};
+
+// f(strip's number, its first column for this thread, scales) for all strips of a tile
+template <int kSums, typename Function>
+__device__ __forceinline__ void each_strip(int column, const float* scales, const Function& f) {
+  CISC_UNROLL
+  for (int strip = 0; strip < kSums / 16; ++strip) {
+    f(strip, strip * 4 * 8 + column, Scales::of(scales + strip * 4 * 8 + column));
+  }
+}
+
+// NaN becomes more than any cosine.
+__device__ __forceinline__ float rank_of(float value) { return isnan(value) ? kInfinity : value; }
+
+// NaN if one of them is.
+__device__ __forceinline__ float larger(float a, float b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  return max(a, b);
+#else
+  return a > b || isnan(a) ? a : b;
+#endif
+}
+
+__device__ __forceinline__ float largest(const float (&values)[kStrip]) {
+  return larger(larger(larger(values[0], values[1]), larger(values[2], values[3])),
+                larger(larger(values[4], values[5]), larger(values[6], values[7])));
+}
+
+// The largest as signed bits, right where it is not negative.
+__device__ __forceinline__ int32_t largest_bits(const float (&values)[kStrip]) {
+  int32_t bits[kStrip];
+  CISC_UNROLL
+  for (int i = 0; i < kStrip; ++i) bits[i] = __float_as_int(values[i]);
+  return __vimax3_s32(__vimax3_s32(bits[0], bits[1], bits[2]), __vimax3_s32(bits[3], bits[4], bits[5]),
+                      __vimax3_s32(bits[6], bits[7], bits[7]));
+}
+
+// Whether a strip may have a product above `bar`.
+template <bool kBits>
+__device__ __forceinline__ bool passes(const float (&values)[kStrip], float bar) {
+  if constexpr (kBits) return largest_bits(values) > __float_as_int(bar) || bar < 0.0f;
+  return !(largest(values) <= bar);
+}
+
+template <int kRowTiles_, bool kBits>
+struct Max {
+  static constexpr int kRowTiles = kRowTiles_;
+  static constexpr float kHidden = -kInfinity;
+
+  __device__ explicit Max(const Sweep&) {}
+
+  __device__ __forceinline__ void begin(const Place& place) {
+    place_ = place;
+    CISC_UNROLL
+    for (int m = 0; m < kRowTiles; ++m) {
+      CISC_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        best_[m][half] = -kInfinity;
+        index_[m][half] = -1;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void segment(int32_t first, int32_t behind) {
+    CISC_UNROLL
+    for (int m = 0; m < kRowTiles; ++m) {
+      CISC_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const int32_t position = place_.position(m, half);
+        // Nothing is above infinity.
+        bar_[m][half] = position >= first && position < behind ? best_[m][half] : kInfinity;
+      }
+    }
+  }
+
+  template <int kSums>
+  __device__ __forceinline__ void tile(float (&sums)[kRowTiles][kSums], const float* scales, int32_t first,
+                                       int columns) {
+    if (columns < kSums * 2) hide_columns<kRowTiles>(place_.column(), columns, kHidden, sums);
+    each_strip<kSums>(place_.column(), scales, [&](int strip, int column, const Scales& scale) {
+      CISC_UNROLL
+      for (int m = 0; m < kRowTiles; ++m) {
+        CISC_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          float values[kStrip];
+          CISC_UNROLL
+          for (int i = 0; i < kStrip; ++i) {
+            values[i] = sums[m][strip * 16 + i / 2 * 4 + half * 2 + i % 2] * scale.at[i];
+          }
+          if (!passes<kBits>(values, bar_[m][half])) continue;
+          CISC_UNROLL
+          for (int i = 0; i < kStrip; ++i) {
+            const float value = rank_of(values[i]);
+            if (!(value > bar_[m][half])) continue;
+            bar_[m][half] = best_[m][half] = value;
+            index_[m][half] = first + column + i / 2 * 8 + i % 2;
+          }
+        }
+      }
+    });
+  }
+
+  // write(m, half, what): into the state of a row
+  template <typename Write>
+  __device__ __forceinline__ void end(const Write& write) {
+    CISC_UNROLL
+    for (int m = 0; m < kRowTiles; ++m) {
+      CISC_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        State state = State::none();
+        state.best = best_[m][half];
+        state.index = index_[m][half];
+        CISC_UNROLL
+        for (int bits = 1; bits < 4; bits *= 2) {
+          const float best = __shfl_xor_sync(kAll, state.best, bits);
+          const int32_t index = __shfl_xor_sync(kAll, state.index, bits);
+          state.merge_best(best, index);
+        }
+        if (place_.lane % 4 == 0) write(m, half, state);
+      }
+    }
+  }
+
+ private:
+  Place place_;
+  float best_[kRowTiles][2], bar_[kRowTiles][2];
+  int32_t index_[kRowTiles][2];
+};
+
+// The best few of each row behind those that were found before, in the order of pack_winner.
+template <int kRowTiles_>
+struct TopK {
+  static constexpr int kRowTiles = kRowTiles_;
+  static constexpr float kHidden = -kInfinity;
+
+  __device__ explicit TopK(const Sweep&) {}
+
+  __device__ __forceinline__ void begin(const Place& place) {
+    place_ = place;
+    CISC_UNROLL
+    for (int m = 0; m < kRowTiles; ++m) {
+      CISC_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        bound_[m][half] = kInfinity;
+        bound_index_[m][half] = -1;
+        CISC_UNROLL
+        for (int i = 0; i < kFoundAtOnce; ++i) {
+          value_[m][half][i] = -kInfinity;
+          index_[m][half][i] = -1;
+        }
+      }
+    }
+  }
+
+  // winner: the last of those that were found before, or -1 if all were found
+  __device__ __forceinline__ void bound(int m, int half, int64_t winner) {
+    bound_[m][half] = winner == -1 ? -kInfinity : value_of(winner);
+    bound_index_[m][half] = winner == -1 ? INT32_MAX : pixel_of(winner);
+  }
+
+  __device__ __forceinline__ void segment(int32_t first, int32_t behind) {
+    CISC_UNROLL
+    for (int m = 0; m < kRowTiles; ++m) {
+      CISC_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const int32_t position = place_.position(m, half);
+        meets_[m][half] = position >= first && position < behind;
+      }
+    }
+  }
+
+  template <int kSums>
+  __device__ __forceinline__ void tile(float (&sums)[kRowTiles][kSums], const float* scales, int32_t first,
+                                       int columns) {
+    if (columns < kSums * 2) hide_columns<kRowTiles>(place_.column(), columns, kHidden, sums);
+    each_strip<kSums>(place_.column(), scales, [&](int strip, int column, const Scales& scale) {
+      CISC_UNROLL
+      for (int m = 0; m < kRowTiles; ++m) {
+        CISC_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          float values[kStrip];
+          CISC_UNROLL
+          for (int i = 0; i < kStrip; ++i) {
+            values[i] = sums[m][strip * 16 + i / 2 * 4 + half * 2 + i % 2] * scale.at[i];
+          }
+          const float bar = meets_[m][half] ? value_[m][half][kFoundAtOnce - 1] : kInfinity;
+          if (!passes<false>(values, bar)) continue;
+          // Code of one product for all: that of eight would not fit the instruction cache.
+          CISC_ROLL
+          for (int i = 0; i < kStrip; ++i) {
+            const float value = rank_of(values[0]);
+            CISC_UNROLL
+            for (int next = 1; next < kStrip; ++next) values[next - 1] = values[next];
+            const int32_t index = first + column + i / 2 * 8 + i % 2;
+            const bool found = value > bound_[m][half] ||
+                               (value == bound_[m][half] && index <= bound_index_[m][half]);
+            if (meets_[m][half] && !found) insert<true>(value, index, value_[m][half], index_[m][half]);
+          }
+        }
+      }
+    });
+  }
+
+  // write(m, half, state, values, indices): of a row
+  template <typename Write>
+  __device__ __forceinline__ void end(const Write& write) {
+    CISC_UNROLL
+    for (int m = 0; m < kRowTiles; ++m) {
+      CISC_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        CISC_UNROLL
+        for (int bits = 1; bits < 4; bits *= 2) {
+          float values[kFoundAtOnce];
+          int32_t indices[kFoundAtOnce];
+          CISC_UNROLL
+          for (int i = 0; i < kFoundAtOnce; ++i) {
+            values[i] = __shfl_xor_sync(kAll, value_[m][half][i], bits);
+            indices[i] = __shfl_xor_sync(kAll, index_[m][half][i], bits);
+          }
+          CISC_UNROLL
+          for (int i = 0; i < kFoundAtOnce; ++i) {
+            if (indices[i] >= 0) insert<false>(values[i], indices[i], value_[m][half], index_[m][half]);
+          }
+        }
+        State state = State::none();
+        state.index = 0;
+        CISC_UNROLL
+        for (int i = 0; i < kFoundAtOnce; ++i) state.index += index_[m][half][i] >= 0 ? 1 : 0;
+        if (place_.lane % 4 == 0) write(m, half, state, value_[m][half], index_[m][half]);
+      }
+    }
+  }
+
+ private:
+  // Best first; of equal ones the lowest index: kLater, that of those that are there.
+  template <bool kLater>
+  __device__ __forceinline__ static void insert(float value, int32_t index,
+                                                // outputs
+                                                float (&values)[kFoundAtOnce],
+                                                int32_t (&indices)[kFoundAtOnce]) {
+    bool here = false;
+    CISC_UNROLL
+    for (int i = 0; i < kFoundAtOnce; ++i) {
+      here = here || value > values[i] || (!kLater && value == values[i] && index < indices[i]);
+      // From its place on, all move on by one.
+      const float out = values[i];
+      const int32_t of = indices[i];
+      values[i] = here ? value : out;
+      indices[i] = here ? index : of;
+      value = here ? out : value;
+      index = here ? of : index;
+    }
+  }
+
+  Place place_;
+  float value_[kRowTiles][2][kFoundAtOnce], bound_[kRowTiles][2];
+  int32_t index_[kRowTiles][2][kFoundAtOnce], bound_index_[kRowTiles][2];
+  bool meets_[kRowTiles][2];
+};
+
+// Weights relative to cosine 1, or, where those would leave float32's range, to the largest so far.
+template <int kRowTiles_, bool kMoves>
+struct Softmax {
+  static constexpr int kRowTiles = kRowTiles_;
+  static constexpr float kHidden = -1e30f;  // no weight, and finite, as 0 times it is to be 0
+
+  __device__ explicit Softmax(const Sweep& sweep) : steepness_(sweep.steepness) {}
+
+  __device__ __forceinline__ void begin(const Place& place) {
+    place_ = place;
+    CISC_UNROLL
+    for (int m = 0; m < kRowTiles; ++m) {
+      CISC_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        total_[m][half] = weighted_[m][half] = {};
+        top_[m][half] = kMoves ? -kInfinity : 1.0f;
+        scale_[m][half] = 0.0f;
+      }
+    }
+  }
+
+  // scale: times which the row is a unit vector
+  __device__ __forceinline__ void scale(int m, int half, float scale) { scale_[m][half] = scale; }
+
+  __device__ __forceinline__ void segment(int32_t first, int32_t behind) {
+    CISC_UNROLL
+    for (int m = 0; m < kRowTiles; ++m) {
+      CISC_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const int32_t position = place_.position(m, half);
+        meets_[m][half] = position >= first && position < behind;
+      }
+    }
+  }
+
+  template <int kSums>
+  __device__ __forceinline__ void tile(float (&sums)[kRowTiles][kSums], const float* scales, int32_t,
+                                       int columns) {
+    if (columns < kSums * 2) hide_columns<kRowTiles>(place_.column(), columns, kHidden, sums);
+    if constexpr (kMoves) raise(scales, sums);
+    float totals[kRowTiles][2] = {}, weighteds[kRowTiles][2] = {};
+    each_strip<kSums>(place_.column(), scales, [&](int strip, int, const Scales& scale) {
+      CISC_UNROLL
+      for (int m = 0; m < kRowTiles; ++m) {
+        CISC_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          float total = 0.0f, weighted = 0.0f;
+          CISC_UNROLL
+          for (int i = 0; i < kStrip; ++i) {
+            const float sum = sums[m][strip * 16 + i / 2 * 4 + half * 2 + i % 2];
+            const float product = kMoves ? sum : sum * scale.at[i];
+            const float above = above_top(product, m, half);
+            const float weight = fast_exp2(above * steepness_);
+            total += weight;
+            weighted = fmaf(weight, above, weighted);
+          }
+          totals[m][half] += total;
+          weighteds[m][half] += weighted;
+        }
+      }
+    });
+    CISC_UNROLL
+    for (int m = 0; m < kRowTiles; ++m) {
+      CISC_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        if (!meets_[m][half]) continue;
+        total_[m][half].add(totals[m][half]);
+        weighted_[m][half].add(weighteds[m][half]);
+      }
+    }
+  }
+
+  template <typename Write>
+  __device__ __forceinline__ void end(const Write& write) {
+    CISC_UNROLL
+    for (int m = 0; m < kRowTiles; ++m) {
+      CISC_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        State state = State::none();
+        state.top = top_[m][half];
+        state.total = total_[m][half].exact();
+        state.weighted = weighted_[m][half].exact();
+        CISC_UNROLL
+        for (int bits = 1; bits < 4; bits *= 2) {
+          State other = State::none();
+          other.top = __shfl_xor_sync(kAll, state.top, bits);
+          other.total = __shfl_xor_sync(kAll, state.total, bits);
+          other.weighted = __shfl_xor_sync(kAll, state.weighted, bits);
+          state.merge(other, Reduction::softmax, static_cast<double>(steepness_));
+        }
+        if (place_.lane % 4 == 0) write(m, half, state);
+      }
+    }
+  }
+
+ private:
+  // A cosine, relative to the top. The largest must be 0 above itself, as the steepness may be huge.
+  __device__ __forceinline__ float above_top(float product, int m, int half) const {
+    if constexpr (!kMoves) return fmaf(product, scale_[m][half], -1.0f);
+    return product * scale_[m][half] - (top_[m][half] > -kInfinity ? top_[m][half] : 0.0f);
+  }
+
+  // Scale the tile, and make sums relative to the largest cosine that the thread has met, of those that the row is
+  // compared with.
+  template <int kSums>
+  __device__ __forceinline__ void raise(const float* scales,
+                                        // outputs
+                                        float (&sums)[kRowTiles][kSums]) {
+    float most[kRowTiles][2];
+    CISC_UNROLL
+    for (int m = 0; m < kRowTiles; ++m) most[m][0] = most[m][1] = -kInfinity;
+    each_strip<kSums>(place_.column(), scales, [&](int strip, int, const Scales& scale) {
+      CISC_UNROLL
+      for (int m = 0; m < kRowTiles; ++m) {
+        CISC_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          CISC_UNROLL
+          for (int i = 0; i < kStrip; ++i) {
+            float& sum = sums[m][strip * 16 + i / 2 * 4 + half * 2 + i % 2];
+            sum *= scale.at[i];
+            most[m][half] = ::fmaxf(most[m][half], sum);
+          }
+        }
+      }
+    });
+    CISC_UNROLL
+    for (int m = 0; m < kRowTiles; ++m) {
+      CISC_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const float to = most[m][half] * scale_[m][half], by = top_[m][half] - to;
+        // Hidden columns alone are no cosines.
+        if (!meets_[m][half] || !(to > top_[m][half]) || to < -2.0f) continue;
+        if (top_[m][half] > -kInfinity) {
+          const float factor = fast_exp2(by * steepness_);
+          weighted_[m][half].shift(factor, by, total_[m][half]);
+          total_[m][half].shift(factor, 0.0f, {});
+        }
+        top_[m][half] = to;
+      }
+    }
+  }
+
+  Place place_;
+  float steepness_;
+  Sum total_[kRowTiles][2], weighted_[kRowTiles][2];
+  float top_[kRowTiles][2], scale_[kRowTiles][2];
+  bool meets_[kRowTiles][2];
+};
+
+// A group of query rows that meets a part of the guide.
+struct Group {
+  int32_t image, unit, split, first;  // first: position
+
+  __device__ __forceinline__ int64_t row(const Sweep& p, int32_t position) const {
+    return static_cast<int64_t>(unit) * p.rows + position - first;
+  }
+  __device__ __forceinline__ int64_t result(const Sweep& p, int32_t position) const {
+    return (static_cast<int64_t>(unit) * p.splits + split) * p.rows + position - first;
+  }
+};
+
+// f(m, half, position) for a thread's rows
+template <int kRowTiles, typename Function>
+__device__ __forceinline__ void each_row(const Place& place, const Function& f) {
+  CISC_UNROLL
+  for (int m = 0; m < kRowTiles; ++m) {
+    CISC_UNROLL
+    for (int half = 0; half < 2; ++half) f(m, half, place.position(m, half));
+  }
+}
+
+// What a reducer has to know of its rows beforehand.
+template <int kRowTiles, bool kBits>
+__device__ __forceinline__ void prepare(const Sweep&, const Group&, const Place&, Max<kRowTiles, kBits>&) {}
+
+template <int kRowTiles>
+__device__ __forceinline__ void prepare(const Sweep& p, const Group& group, const Place& place,
+                                        TopK<kRowTiles>& reducer) {
+  if (p.bounds == nullptr) return;
+  each_row<kRowTiles>(place, [&](int m, int half, int32_t position) {
+    reducer.bound(m, half, p.bounds[group.row(p, position)]);
+  });
+}
+
+template <int kRowTiles, bool kMoves>
+__device__ __forceinline__ void prepare(const Sweep& p, const Group& group, const Place& place,
+                                        Softmax<kRowTiles, kMoves>& reducer) {
+  each_row<kRowTiles>(place, [&](int m, int half, int32_t position) {
+    const bool inside = position < p.query_pixels;
+    reducer.scale(m, half, inside ? p.query_scale[static_cast<int64_t>(group.image) * p.query_pixels + position] : 0.0f);
+  });
+}
+
+template <typename Reducer>
+__device__ __forceinline__ void finish(const Sweep& p, const Group& group, const Place& place,
+                                       Reducer& reducer) {
+  reducer.end([&](int m, int half, const State& state) {
+    p.states[group.result(p, place.position(m, half))] = state;
+  });
+}
+
+template <int kRowTiles>
+__device__ __forceinline__ void finish(const Sweep& p, const Group& group, const Place& place,
+                                       TopK<kRowTiles>& reducer) {
+  reducer.end([&](int m, int half, const State& state, const float(&values)[kFoundAtOnce],
+                  const int32_t(&indices)[kFoundAtOnce]) {
+    const int64_t result = group.result(p, place.position(m, half));
+    p.states[result] = state;
+    CISC_UNROLL
+    for (int i = 0; i < kFoundAtOnce; ++i) {
+      if (i < state.index) p.winners[result * kFoundAtOnce + i] = pack_winner(values[i], indices[i]);
+    }
+  });
+}
+
+}  // namespace cisc::cross_similarity::reduce

@@ -1,0 +1,320 @@
+// The sweep of cross_similarity on sm_90a: TMA, wgmma, clusters. See docs/pixel_similarity.md.
+#pragma once
+
+#include <algorithm>
+
+#include "cross_similarity_reduce.cuh"
+
+namespace cisc::cross_similarity::sm90 {
+
+constexpr int kGroups = 2;  // warp groups that multiply; a third one brings tiles
+constexpr int kThreads = (kGroups + 1) * kWarpGroup;
+constexpr int kWarps = kGroups * kWarpGroup / kWarp;  // that multiply
+constexpr int kBringsRegisters = 56, kMultipliesRegisters = 224;
+constexpr int kMostStages = 12;
+constexpr int64_t kSharedBytes = 227 << 10;
+constexpr int kTurn = 1;  // the first of the named barriers that give the groups turns
+constexpr int64_t kWantedClusters = 132;  // items, two for each of a large GPU
+
+// How a block cuts.
+// kRowTiles_: of 64 query rows, for each group; kColumns_: guide rows of a tile; kCluster_: blocks that share
+// the guide's tiles; kResident_: query rows stay in shared memory; kInTurn_: one group multiplies while the
+// other reduces
+template <int kRowTiles_, int kColumns_, int kCluster_, bool kResident_, bool kInTurn_ = true>
+struct BlockShape {
+  static constexpr int kRowTiles = kRowTiles_, kColumns = kColumns_, kCluster = kCluster_;
+  static constexpr bool kResident = kResident_, kInTurn = kInTurn_;
+  static constexpr int kRows = kGroups * kRowTiles * 64;  // of a block
+  static constexpr int kSums = kColumns / 2;              // of a thread, for a tile of 64 rows
+  static constexpr int kQueryBytes = kRows * kChunkBytes, kGuideBytes = kColumns * kChunkBytes;  // of a chunk
+  static constexpr int kStageBytes = kGuideBytes + (kResident ? 0 : kQueryBytes);
+
+  static_assert(kColumns % (8 * kCluster) == 0 && kColumns / kCluster <= 256 && kRows <= 256, "boxes of TMA");
+};
+
+// Behind the tiles in shared memory.
+struct Barriers {
+  Barrier full[kMostStages], empty[kMostStages], query_full, query_empty;
+};
+
+// Shared memory: the query's chunks, the stages, the barriers.
+template <typename S>
+struct Layout {
+  int32_t query_chunks, stages;
+
+  CISC_HD static Layout of(const RowShape& shape) {
+    const int32_t chunks = S::kResident ? shape.all_chunks() : 0;
+    const int64_t left = kSharedBytes - kSwizzleBytes - static_cast<int64_t>(sizeof(Barriers)) -
+                         static_cast<int64_t>(chunks) * S::kQueryBytes;
+    const int64_t fit = left / S::kStageBytes;
+    return {chunks, static_cast<int32_t>(fit < kMostStages ? fit : kMostStages)};
+  }
+
+  CISC_HD int64_t query(int32_t chunk) const { return static_cast<int64_t>(chunk) * S::kQueryBytes; }
+  CISC_HD int64_t stage(int32_t number) const {
+    return query(query_chunks) + static_cast<int64_t>(number) * S::kStageBytes;
+  }
+  CISC_HD int64_t barriers() const { return stage(stages); }
+  CISC_HD int64_t bytes() const { return barriers() + static_cast<int64_t>(sizeof(Barriers)) + kSwizzleBytes; }
+};
+
+struct Parameters {
+  TensorMap query, guide;
+  Sweep sweep;
+};
+
+// What a cluster does, in turn: the units of the launch, split by split, so that neighbours have the same part
+// of the guide.
+template <typename S>
+struct Item {
+  int32_t unit, split;  // unit: of those of the launch
+  int32_t image, slot;
+  int32_t first, behind;  // of the query's positions, in the image
+
+  __device__ __forceinline__ static Item of(const Sweep& p, int32_t number) {
+    Item item;
+    item.split = number / p.units;
+    item.unit = number - item.split * p.units;
+    const int32_t of_all = p.first_unit + item.unit, of_slot = of_all / p.tiles;
+    item.image = of_slot / p.slots;
+    item.slot = of_slot - item.image * p.slots;
+    item.first = (of_all - of_slot * p.tiles) * p.rows;
+    item.behind = item.first + p.rows < p.query_pixels ? item.first + p.rows : p.query_pixels;
+    return item;
+  }
+
+  __device__ __forceinline__ Walk walk(const Sweep& p) const {
+    const int32_t* guide_starts = p.guide_starts + image * (class_sort::kBins + 1);
+    Walk walk = Walk::none();
+    if (p.own()) {
+      const int32_t* query_starts = p.query_starts + image * (class_sort::kBins + 1);
+      walk = Walk::of_own(first, behind, query_starts, guide_starts, p.bins, S::kColumns);
+    } else {
+      const int64_t wanted = p.classes.at(p.first_image + image, slot);
+      const int32_t bin = class_sort::bin_of(wanted);
+      if (wanted < 0 || bin >= p.bins) return walk;
+      walk = Walk::of_class(first, behind, guide_starts, bin, S::kColumns);
+    }
+    walk.take(split, p.splits);
+    return walk;
+  }
+};
+
+__device__ __forceinline__ unsigned char* tiles_in(unsigned char* memory) {
+  return memory + (kSwizzleBytes - shared_address(memory) % kSwizzleBytes) % kSwizzleBytes;
+}
+
+#ifdef CISC_HOPPER
+
+// One thread brings the tiles of all items.
+template <typename S>
+__device__ __forceinline__ void bring(const Parameters& parameters, const Layout<S>& layout, unsigned char* tiles,
+                                      Barriers* barriers) {
+  const Sweep& p = parameters.sweep;
+  const uint32_t rank = S::kCluster > 1 ? cluster_rank() : 0;
+  const int32_t clusters = static_cast<int32_t>(gridDim.x) / S::kCluster, items = p.units * p.splits;
+  const int32_t steps = p.shape.steps();
+  Ring ring, queries;
+  for (auto number = static_cast<int32_t>(blockIdx.x) / S::kCluster; number < items; number += clusters) {
+    const auto item = Item<S>::of(p, number);
+    const auto query_row =
+        item.image * p.query_pixels + item.first + static_cast<int32_t>(rank) * S::kRows;
+    Walk walk = item.walk(p);
+    bool brought = false;
+    Segment segment;
+    while (walk.next(&segment)) {
+      if (S::kResident && !brought) {
+        brought = true;
+        barrier_wait(&barriers->query_empty, queries.parity ^ 1);
+        barrier_expect(&barriers->query_full, static_cast<uint32_t>(layout.query(layout.query_chunks)));
+#pragma unroll 1
+        for (int32_t chunk = 0; chunk < layout.query_chunks; ++chunk) {
+          copy_tile(&parameters.query, chunk * kChunk16, query_row, &barriers->query_full,
+                    tiles + layout.query(chunk));
+        }
+        queries.next(1);
+      }
+      for (int32_t tile = segment.first_tile; tile < segment.end_tile; ++tile) {
+        const int32_t guide_row = item.image * p.guide_pixels + segment.begin + tile * S::kColumns;
+#pragma unroll 1
+        for (int32_t step = 0; step < steps; ++step) {
+          Barrier* full = &barriers->full[ring.stage];
+          unsigned char* stage = tiles + layout.stage(ring.stage);
+          barrier_wait(&barriers->empty[ring.stage], ring.parity ^ 1);
+          barrier_expect(full, S::kStageBytes);
+          const int32_t column = p.shape.guide_chunk(step) * kChunk16;
+          if constexpr (S::kCluster > 1) {
+            constexpr int kShare = S::kColumns / S::kCluster;
+            copy_tile_to((1 << S::kCluster) - 1, &parameters.guide, column,
+                         guide_row + static_cast<int32_t>(rank) * kShare, full,
+                         stage + rank * kShare * kChunkBytes);
+          } else {
+            copy_tile(&parameters.guide, column, guide_row, full, stage);
+          }
+          if constexpr (!S::kResident) {
+            copy_tile(&parameters.query, p.shape.query_chunk(step) * kChunk16, query_row, full,
+                      stage + S::kGuideBytes);
+          }
+          ring.next(layout.stages);
+        }
+      }
+    }
+  }
+}
+
+// A warp of each group lets go of a stage, in all blocks that share it.
+template <typename S>
+__device__ __forceinline__ void release(Barrier* empty, int lane) {
+  if constexpr (S::kCluster > 1) {
+    if (lane < S::kCluster) barrier_arrive_at(empty, static_cast<uint32_t>(lane));
+  } else {
+    if (lane == 0) barrier_arrive(empty);
+  }
+}
+
+// The products of a group's rows with a tile, to its registers.
+template <typename S, Matrix type>
+__device__ __forceinline__ void multiply(const RowShape& shape, const Layout<S>& layout, uint32_t tiles, int group,
+                                         int lane, Barriers* barriers, Ring& ring,
+                                         // outputs
+                                         float (&sums)[S::kRowTiles][S::kSums]) {
+  constexpr uint64_t kTile = 64 * kChunkBytes >> 4, kSixteen = 32 >> 4;  // as descriptors count
+  const int32_t steps = shape.steps();
+  int32_t previous = 0;
+  if constexpr (S::kInTurn) meet(kTurn + group, kGroups * kWarpGroup);
+#pragma unroll 1
+  for (int32_t step = 0; step < steps; ++step) {
+    barrier_wait(&barriers->full[ring.stage], ring.parity);
+    const auto stage = tiles + static_cast<uint32_t>(layout.stage(ring.stage));
+    const uint32_t query = (S::kResident ? tiles + static_cast<uint32_t>(layout.query(shape.query_chunk(step)))
+                                         : stage + S::kGuideBytes) +
+                           static_cast<uint32_t>(group) * S::kRowTiles * 64 * kChunkBytes;
+    const uint64_t a = fragments::descriptor(query), b = fragments::descriptor(stage);
+    products_begin();
+#pragma unroll
+    for (int k = 0; k < kChunk16 / 16; ++k) {
+#pragma unroll
+      for (int m = 0; m < S::kRowTiles; ++m) {
+        multiply_64<type, false>(sums[m], a + m * kTile + k * kSixteen, b + k * kSixteen, step > 0 || k > 0);
+      }
+    }
+    products_commit();
+    if (step > 0) {
+      products_wait<1>();
+      release<S>(&barriers->empty[previous], lane);
+    }
+    previous = ring.stage;
+    ring.next(layout.stages);
+  }
+  if constexpr (S::kInTurn) meet_without_waiting(kTurn + 1 - group, kGroups * kWarpGroup);
+  products_wait<0>();
+#pragma unroll
+  for (int m = 0; m < S::kRowTiles; ++m) hold(sums[m]);
+  release<S>(&barriers->empty[previous], lane);
+}
+
+// A group multiplies and reduces its rows of all items.
+template <typename S, Matrix type, typename Reducer>
+__device__ __forceinline__ void reduce_all(const Parameters& parameters, const Layout<S>& layout,
+                                           unsigned char* tiles, Barriers* barriers, int group) {
+  const Sweep& p = parameters.sweep;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp % 4;
+  const uint32_t rank = S::kCluster > 1 ? cluster_rank() : 0;
+  const int32_t clusters = static_cast<int32_t>(gridDim.x) / S::kCluster, items = p.units * p.splits;
+  // Of the cluster's rows, the first of the warp.
+  const int first_row = static_cast<int>(rank) * S::kRows + group * S::kRowTiles * 64 + fragments::first_row(warp);
+  Reducer reducer(p);
+  Ring ring, queries;
+  if (S::kInTurn && group == 1) meet_without_waiting(kTurn, kGroups * kWarpGroup);
+  for (auto number = static_cast<int32_t>(blockIdx.x) / S::kCluster; number < items; number += clusters) {
+    const auto item = Item<S>::of(p, number);
+    const reduce::Group rows{item.image, item.unit, item.split, item.first};
+    const reduce::Place place{item.first + first_row, 64, lane};
+    reducer.begin(place);
+    reduce::prepare(p, rows, place, reducer);
+    Walk walk = item.walk(p);
+    bool brought = false;
+    Segment segment;
+    while (walk.next(&segment)) {
+      if (S::kResident && !brought) {
+        brought = true;
+        barrier_wait(&barriers->query_full, queries.parity);
+        queries.next(1);
+      }
+      reducer.segment(segment.first_query, segment.behind_query);
+      for (int32_t tile = segment.first_tile; tile < segment.end_tile; ++tile) {
+        float sums[S::kRowTiles][S::kSums];
+        multiply<S, type>(p.shape, layout, shared_address(tiles), group, lane, barriers, ring, sums);
+        const int32_t first = segment.begin + tile * S::kColumns, left = segment.end - first;
+        reducer.tile(sums, p.guide_scale + (item.image * p.guide_pixels + first), first,
+                     left < S::kColumns ? left : S::kColumns);
+      }
+    }
+    if (brought && lane == 0) barrier_arrive(&barriers->query_empty);
+    reduce::finish(p, rows, place, reducer);
+  }
+  // The other group's last turn has no taker.
+  if (S::kInTurn && group == 0) meet(kTurn, kGroups * kWarpGroup);
+}
+
+#endif  // CISC_HOPPER
+
+template <typename S, Matrix type, typename Reducer>
+__global__ void __cluster_dims__(S::kCluster, 1, 1) __launch_bounds__(kThreads, 1)
+    sweep_kernel(const __grid_constant__ Parameters parameters) {
+#ifdef CISC_HOPPER
+  CISC_DYNAMIC_SHARED(memory);
+  unsigned char* tiles = tiles_in(memory);
+  const auto layout = Layout<S>::of(parameters.sweep.shape);
+  auto* barriers = reinterpret_cast<Barriers*>(tiles + layout.barriers());
+  const int thread = static_cast<int>(threadIdx.x), group = thread / kWarpGroup;
+  if (thread == 0) {
+    prefetch_map(&parameters.query);
+    prefetch_map(&parameters.guide);
+    for (int32_t stage = 0; stage < layout.stages; ++stage) {
+      barrier_set(&barriers->full[stage], 1);
+      barrier_set(&barriers->empty[stage], kWarps * S::kCluster);
+    }
+    barrier_set(&barriers->query_full, 1);
+    barrier_set(&barriers->query_empty, kWarps);
+    barriers_set();
+  }
+  if constexpr (S::kCluster > 1) {
+    cluster_sync();
+  } else {
+    __syncthreads();
+  }
+  if (group == kGroups) {
+    keep_registers<kBringsRegisters>();
+    if (thread == kGroups * kWarpGroup) bring<S>(parameters, layout, tiles, barriers);
+  } else {
+    take_registers<kMultipliesRegisters>();
+    reduce_all<S, type, Reducer>(parameters, layout, tiles, barriers, group);
+  }
+  // No block leaves while another one may arrive at its barriers.
+  if constexpr (S::kCluster > 1) {
+    __syncwarp();
+    cluster_sync();
+  }
+#endif
+}
+
+// What launches the sweep of rows of a shape.
+template <typename S, Matrix type, typename Reducer>
+void launch(const Gpu& gpu, const Sweep& sweep) {
+  const auto layout = Layout<S>::of(sweep.shape);
+  const Parameters parameters{
+      tensor_map(gpu, type, sweep.query_rows, sweep.images * sweep.query_pixels, sweep.shape.width(),
+                 S::kRows),
+      tensor_map(gpu, type, sweep.guide_rows, sweep.images * sweep.guide_pixels, sweep.shape.width(),
+                 S::kColumns / S::kCluster),
+      sweep};
+  const int64_t items = static_cast<int64_t>(sweep.units) * sweep.splits;
+  // Items are alike but in own-label mode, where a cluster for each leaves it to the chip who takes the next.
+  const int64_t clusters =
+      sweep.own() ? items : std::min(items, std::max<int64_t>(gpu.multiprocessors() / S::kCluster, 1));
+  gpu.launch_clusters(sweep_kernel<S, type, Reducer>, S::kCluster, clusters * S::kCluster, kThreads,
+                      layout.bytes(), parameters);
+}
+
+}  // namespace cisc::cross_similarity::sm90

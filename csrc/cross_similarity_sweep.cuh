@@ -1,0 +1,49 @@
+// What a sweep on tensor cores is given: packed rows of both sides, and where the results go. Each chip has a
+// function that launches it (cross_similarity_sm80.cu, cross_similarity_sm90.cu).
+#pragma once
+
+#include "class_sort.h"
+#include "cross_similarity.h"
+#include "cross_similarity_state.cuh"
+#include "cross_similarity_tiles.h"
+#include "device.cuh"
+#include "labels.h"
+#include "tensor_cores.cuh"
+
+namespace cisc::cross_similarity {
+
+constexpr int kFoundAtOnce = 8;  // winners of "topk" that a sweep finds
+
+// Of the images whose sides are packed.
+struct Sweep {
+  Matrix type;
+  RowShape shape;
+  const uint16_t *query_rows, *guide_rows;  // [images,pixels,width]
+  const float *query_scale, *guide_scale;   // [images,pixels]: times which a row is a unit vector
+  int32_t images, query_pixels, guide_pixels;  // of those images, and of one
+  const int32_t *query_starts, *guide_starts;  // [images,kBins + 1]; of the query in own-label mode, else null
+  int64_t first_image;                         // of all
+  Classes classes;                             // [B,S]; without it own-label mode
+  int32_t bins;                                // those in front of it have one label each
+  // Units: a tile of the query's `rows`, for each slot and image; of the launch, in order of those. Each meets the
+  // guide in `splits`.
+  int32_t slots, tiles, rows, splits, first_unit, units;
+  Reduction reduction;  // max, topk or softmax
+  float steepness;
+  // [units,rows] of "topk", or null: the last winner that was found before, packed; -1: there are no more
+  const int64_t* bounds;
+  // outputs: positions in the guide's order
+  State* states;     // [units,splits,rows]
+  int64_t* winners;  // [units,splits,rows,kFoundAtOnce] of "topk", packed
+
+  CISC_HD bool own() const { return query_starts != nullptr; }
+};
+
+// How a chip cuts, for rows of this shape.
+class_sort::Cut cut_sm80(const RowShape& shape, Reduction reduction);
+class_sort::Cut cut_sm90(const RowShape& shape, Reduction reduction);
+
+void sweep_sm80(const Gpu& gpu, const Sweep& sweep);
+void sweep_sm90(const Gpu& gpu, const Sweep& sweep);
+
+}  // namespace cisc::cross_similarity
