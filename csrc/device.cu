@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <string>
 
+#include "tensor_cores.cuh"
 #include "tensors.h"
 
 #ifndef CISC_SIMT
@@ -75,10 +76,34 @@ void spoil(const Gpu& gpu, const Tensor& classes, Tensor& values) {
   });
 }
 
+namespace {
+
+void check_map(const Gpu& gpu, Matrix type, const void* data, int64_t rows, int64_t columns, int box_rows) {
+  const int64_t row_bytes = columns * (type == Matrix::s8 ? 1 : 2);
+  check(rows > 0 && columns > 0 && rows <= INT32_MAX && row_bytes <= INT32_MAX, gpu.op(),
+        "a tensor map needs 1 to 2^31 - 1 rows of 1 to 2^31 - 1 bytes, got ", rows, " of ", row_bytes);
+  check(row_bytes % 16 == 0 && reinterpret_cast<uintptr_t>(data) % 16 == 0, gpu.op(),
+        "a tensor map needs rows of multiples of 16 bytes that start at one, got ", row_bytes,
+        " bytes at address ", reinterpret_cast<uintptr_t>(data));
+  check(box_rows > 0 && box_rows <= 256, gpu.op(), "a tensor map needs tiles of 1 to 256 rows, got ",
+        box_rows);
+}
+
+}  // namespace
+
 #ifdef CISC_SIMT
 
+TensorMap tensor_map(const Gpu& gpu, Matrix type, const void* data, int64_t rows, int64_t columns,
+                     int box_rows) {
+  check_map(gpu, type, data, rows, columns, box_rows);
+  return simt::tile_map(elements_of(type), data, rows, columns, box_rows);
+}
+
 Gpu::Gpu(const char* op, const char* name, const Tensor& tensor)
-    : op_(op), multiprocessors_(simt::multiprocessors()), shared_bytes_(simt::kSharedBytes) {
+    : op_(op),
+      multiprocessors_(simt::multiprocessors()),
+      shared_bytes_(simt::shared_limit()),
+      capability_(simt::chip()) {
   check_place(op, name, tensor, kHere);
 }
 
@@ -154,6 +179,26 @@ void allow_shared(const char* op, const void* kernel, int device, int64_t most) 
   allowed.insert({kernel, device});
 }
 
+// The driver's function, looked for once: the library asks for none of the driver's by name.
+decltype(&cuTensorMapEncodeTiled) map_encoder(const char* op) {
+  static std::mutex mutex;
+  static void* function = nullptr;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (function == nullptr) {
+    constexpr unsigned kVersion = 12000;  // of the driver's interface, the first that has it
+    cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+    void* entry = nullptr;
+    check_cuda(op,
+               cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, kVersion, cudaEnableDefault,
+                                                &found),
+               "asking the driver for cuTensorMapEncodeTiled");
+    check(found == cudaDriverEntryPointSuccess && entry != nullptr, op,
+          "the driver has no cuTensorMapEncodeTiled: it is older than CUDA 12.0");
+    function = entry;
+  }
+  return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
+}
+
 int device_of(const char* op, const char* name, const Tensor& tensor) {
   check_place(op, name, tensor, kHere);
   return tensor.get_device_index();
@@ -168,7 +213,28 @@ Gpu::Gpu(const char* op, const char* name, const Tensor& tensor)
         ".", kMinor, " or newer, GPU ", device_, " has ", p.major, ".", p.minor);
   multiprocessors_ = p.multiprocessors;
   shared_bytes_ = p.shared_bytes;
+  capability_ = p.major * 10 + p.minor;
   stream_ = current_stream(op, device_);
+}
+
+TensorMap tensor_map(const Gpu& gpu, Matrix type, const void* data, int64_t rows, int64_t columns,
+                     int box_rows) {
+  check_map(gpu, type, data, rows, columns, box_rows);
+  const auto bytes = static_cast<cuuint64_t>(type == Matrix::s8 ? 1 : 2);
+  const CUtensorMapDataType element = type == Matrix::f16    ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                      : type == Matrix::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                             : CU_TENSOR_MAP_DATA_TYPE_UINT8;
+  const cuuint64_t size[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t stride[] = {size[0] * bytes};
+  const cuuint32_t box[] = {static_cast<cuuint32_t>(kChunkBytes / bytes), static_cast<cuuint32_t>(box_rows)};
+  const cuuint32_t step[] = {1, 1};
+  TensorMap map;
+  const CUresult result = map_encoder(gpu.op())(
+      &map, element, 2, const_cast<void*>(data), size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  check(result == CUDA_SUCCESS, gpu.op(), "the driver refused a tensor map of ", rows, " rows of ", columns,
+        " elements: error ", static_cast<int>(result));
+  return map;
 }
 
 bool Gpu::checks_values() {

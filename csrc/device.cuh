@@ -31,7 +31,7 @@
 #define CISC_SHARED(name, ...)       \
   using name##_shared = __VA_ARGS__; \
   name##_shared& name = ::simt::shared<name##_shared, __COUNTER__>()
-// name: the shared memory that the launch has asked for, aligned to 16 bytes.
+// name: the shared memory that the launch has asked for, aligned to 16 bytes; to 1024 if it is all there is.
 #define CISC_DYNAMIC_SHARED(name) unsigned char* name = ::simt::dynamic_shared()
 // Defines the schemas of a file's operators, which in the usual library the C++ kernels' files do.
 #define CISC_DEFINE(...)                                    \
@@ -257,7 +257,11 @@ class Gpu {
   // Refuses a tensor elsewhere, and a GPU that the kernels do not run on.
   Gpu(const char* op, const char* name, const Tensor& tensor);
 
+  const char* op() const { return op_; }
   int64_t multiprocessors() const { return multiprocessors_; }
+
+  // 75 is compute capability 7.5.
+  int capability() const { return capability_; }
 
   // Most shared memory that a block may ask for.
   int64_t shared_bytes() const { return shared_bytes_; }
@@ -269,10 +273,17 @@ class Gpu {
   template <typename... Parameters, typename... Arguments>
   void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared,
               Arguments... arguments) const {
+    launch_clusters(kernel, 1, blocks, threads, shared, arguments...);
+  }
+
+  // The same of a kernel that declares clusters of `cluster` blocks: __cluster_dims__(cluster, 1, 1).
+  template <typename... Parameters, typename... Arguments>
+  void launch_clusters(void (*kernel)(Parameters...), [[maybe_unused]] int cluster, int64_t blocks,
+                       int threads, int64_t shared, Arguments... arguments) const {
     if (blocks == 0) return;
     check(blocks <= INT32_MAX, op_, "this shape needs ", blocks, " blocks, more than a GPU takes");
 #ifdef CISC_SIMT
-    simt::launch(blocks, threads, shared, [&] { kernel(static_cast<Parameters>(arguments)...); });
+    simt::launch(blocks, threads, shared, [&] { kernel(static_cast<Parameters>(arguments)...); }, cluster);
 #else
     std::tuple<Parameters...> values{static_cast<Parameters>(arguments)...};
     std::apply(
@@ -289,6 +300,7 @@ class Gpu {
 
   const char* op_;
   int64_t multiprocessors_ = 0, shared_bytes_ = 0;
+  int capability_ = 0;
 #ifndef CISC_SIMT
   int device_;
   torch::stable::accelerator::DeviceGuard guard_;

@@ -266,6 +266,11 @@ __device__ __forceinline__ void hold(T (&registers)[n]) {
 #endif  // CISC_HOPPER
 #endif  // CISC_SIMT
 
+// Of a matrix [rows,columns] whose rows follow each other, what copy_tile is told: tiles of box_rows rows and
+// 128 bytes of columns, with zeros outside. data: aligned to 16 bytes, as are the rows.
+TensorMap tensor_map(const Gpu& gpu, Matrix type, const void* data, int64_t rows, int64_t columns,
+                     int box_rows);
+
 }  // namespace cisc
 
 #if defined(CISC_HOPPER) && !defined(CISC_SIMT)

@@ -96,7 +96,7 @@ int main(int, char** words) {
   } else if (what == "odd") {
     simt::launch(1, 48, 0, [] {});
   } else if (what == "large") {
-    simt::launch(1, 32, simt::kSharedBytes + 1, [] {});
+    simt::launch(1, 32, simt::shared_limit() + 1, [] {});
   } else if (what == "exchanges") {
     int wrong = 0;
     simt::launch(kBlocks, kThreads, 0, [&] { exchanges(&wrong); });
@@ -162,7 +162,7 @@ def test_exchanges_in_a_warp(program: Path, order: str) -> None:
         ("left", "have left a warp's exchange"),
         ("half", "whole warps only"),
         ("odd", "blocks are of whole warps"),
-        ("large", "more shared memory than the smallest chip has"),
+        ("large", "more shared memory than the chip has"),
     ],
 )
 def test_what_no_gpu_would_do_ends_the_process(program: Path, what: str, message: str) -> None:

@@ -1,10 +1,11 @@
 // CUDA's threads as coroutines of the CPU, so that CUDA sources compile as C++ and run without a GPU.
 //
-// The blocks of a launch run one after the other. Of a block, one thread runs up to a barrier or an exchange
-// in its warp, then the next one; in which order CISC_SIMT_ORDER says (forward, reverse or shuffle): a kernel
-// that lacks a barrier gives other results in another order. Shared memory holds NaN when a block starts.
-// Threads that wait at different barriers end the process, as does a warp's exchange in which some do not
-// take part.
+// The blocks of a launch run one after the other, those of a cluster together. Of a block, one thread runs up
+// to a barrier or an exchange in its warp, then the next one; in which order CISC_SIMT_ORDER says (forward,
+// reverse or shuffle): a kernel that lacks a barrier gives other results in another order. Shared memory
+// holds NaN when a block starts. Threads that wait at different barriers end the process, as does a warp's
+// exchange in which some do not take part. CISC_SIMT_CHIP (75, 80 or 90) is the chip: what shared memory it
+// has, and which of the instructions in asynchronous.h.
 #pragma once
 
 #include <cmath>
@@ -12,17 +13,21 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <string>
 
 #define __global__
 #define __device__
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)
+#define __grid_constant__
 #define __restrict__ __restrict
 
 namespace simt {
 
-constexpr int64_t kSharedBytes = 64 << 10;  // as on the smallest chip
+constexpr int64_t kSharedStart = 1024;  // address of the dynamic shared memory; what is below, no block has
+constexpr int kMostThreads = 1024, kMostCluster = 4;
 
 struct Index {
   unsigned x;
@@ -32,11 +37,51 @@ struct Index {
 extern Index thread, block, block_size, grid_size;
 
 int64_t multiprocessors();  // CISC_SIMT_MULTIPROCESSORS, default 3
-void launch(int64_t blocks, int threads, int64_t shared, const std::function<void()>& body);
+int chip();                 // CISC_SIMT_CHIP, default 75
+int64_t shared_limit();     // bytes that a block may have
+void launch(int64_t blocks, int threads, int64_t shared, const std::function<void()>& body, int cluster = 1);
 void block_barrier();
 void warp_barrier();
+void cluster_barrier();
 
+// End the process with a message that names the thread.
+[[noreturn]] void stop(const std::string& what);
+
+// Something that a thread waits for.
+struct Condition {
+  virtual ~Condition() = default;
+  virtual bool holds() const = 0;
+  virtual std::string what() const = 0;
+};
+void wait_until(const Condition& condition);
+
+// The thread that runs, among those of its cluster; how many there are in a block, and how many blocks.
+int self();
+int block_threads();
+int cluster_blocks();
+int block_rank();
+bool block_has_ended(int rank);
+int64_t cluster_barriers();  // how many the cluster has passed
+
+// Number of this exchange of the warp, 0 or 1 by turns: where threads leave what others read after
+// warp_barrier.
+int next_exchange();
+
+// What goes on beside the threads: `start` with a cluster; `progress`, when no thread can go on, does some of
+// it or returns false; `ended` with a thread.
+struct Beside {
+  void (*start)();
+  bool (*progress)();
+  void (*ended)(int thread);
+};
+extern Beside beside;
+
+// Of the block that runs, or of one of its cluster.
 unsigned char* dynamic_shared();
+unsigned char* dynamic_shared(int rank);
+int64_t dynamic_bytes();
+// Whether bytes are the block's shared memory.
+bool is_shared(const void* first, int64_t bytes);
 
 // Memory of `bytes` that is the block's; filled with 0xff when a block meets it first.
 unsigned char* shared_bytes(unsigned char* memory, int64_t* filled_for, size_t bytes);
@@ -152,6 +197,16 @@ inline float __uint_as_float(unsigned bits) { return simt::bits_of<float>(bits);
 inline unsigned __float_as_uint(float value) { return simt::bits_of<unsigned>(value); }
 inline float __int_as_float(int bits) { return simt::bits_of<float>(bits); }
 inline int __float_as_int(float value) { return simt::bits_of<int>(value); }
+inline int __vimax3_s32(int a, int b, int c) {
+  const int most = a > b ? a : b;
+  return most > c ? most : c;
+}
+
+template <typename T>
+T __ldg(const T* at) {
+  return *at;
+}
+
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
 inline float __fdiv_rn(float a, float b) { return a / b; }
