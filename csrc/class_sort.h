@@ -1,9 +1,9 @@
 // Pixels sorted by the class of their label on a GPU, and what of it a tile of pixels has to meet. Shared by
 // host and device code; needs no torch header.
 //
-// A label goes to one of 256 bins. Bytes have a bin for each value; of wider labels those that are no byte share
-// the last one, with 255, so that whoever meets it compares the labels too. The sort is stable: in chunks of items, the bins are
-// counted; counts become places; each bin's items go to their place in order.
+// A label goes to one of 256 bins. Bytes have a bin for each value; of wider labels those that are no byte
+// share the last one, with 255, so that whoever meets it compares the labels too. The sort is stable: in
+// chunks of items, the bins are counted; counts become places; each bin's items go to their place in order.
 #pragma once
 
 #include <cstdint>

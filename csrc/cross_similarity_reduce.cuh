@@ -1,5 +1,5 @@
-// Reductions of products in the accumulators of tensor cores: for 16 rows of a warp and a number of columns, of
-// which a thread has two rows and every fourth pair of columns (fragments::row, column).
+// Reductions of products in the accumulators of tensor cores: for 16 rows of a warp and a number of columns,
+// of which a thread has two rows and every fourth pair of columns (fragments::row, column).
 //
 // A reducer lives in registers while a group of query rows meets the guide:
 //   begin(rows)          a new group; rows.position(m, half) are the query's positions
@@ -251,8 +251,8 @@ struct TopK {
             CISC_UNROLL
             for (int next = 1; next < kStrip; ++next) values[next - 1] = values[next];
             const int32_t index = first + column + i / 2 * 8 + i % 2;
-            const bool found = value > bound_[m][half] ||
-                               (value == bound_[m][half] && index <= bound_index_[m][half]);
+            const bool found =
+                value > bound_[m][half] || (value == bound_[m][half] && index <= bound_index_[m][half]);
             if (meets_[m][half] && !found) insert<true>(value, index, value_[m][half], index_[m][half]);
           }
         }
@@ -419,8 +419,8 @@ struct Softmax {
     return product * scale_[m][half] - (top_[m][half] > -kInfinity ? top_[m][half] : 0.0f);
   }
 
-  // Scale the tile, and make sums relative to the largest cosine that the thread has met, of those that the row is
-  // compared with.
+  // Scale the tile, and make sums relative to the largest cosine that the thread has met, of those that the
+  // row is compared with.
   template <int kSums>
   __device__ __forceinline__ void raise(const float* scales,
                                         // outputs
@@ -506,7 +506,9 @@ __device__ __forceinline__ void prepare(const Sweep& p, const Group& group, cons
                                         Softmax<kRowTiles, kMoves>& reducer) {
   each_row<kRowTiles>(place, [&](int m, int half, int32_t position) {
     const bool inside = position < p.query_pixels;
-    reducer.scale(m, half, inside ? p.query_scale[static_cast<int64_t>(group.image) * p.query_pixels + position] : 0.0f);
+    reducer.scale(
+        m, half,
+        inside ? p.query_scale[static_cast<int64_t>(group.image) * p.query_pixels + position] : 0.0f);
   });
 }
 
@@ -521,8 +523,8 @@ __device__ __forceinline__ void finish(const Sweep& p, const Group& group, const
 template <int kRowTiles>
 __device__ __forceinline__ void finish(const Sweep& p, const Group& group, const Place& place,
                                        TopK<kRowTiles>& reducer) {
-  reducer.end([&](int m, int half, const State& state, const float(&values)[kFoundAtOnce],
-                  const int32_t(&indices)[kFoundAtOnce]) {
+  reducer.end([&](int m, int half, const State& state, const float (&values)[kFoundAtOnce],
+                  const int32_t (&indices)[kFoundAtOnce]) {
     const int64_t result = group.result(p, place.position(m, half));
     p.states[result] = state;
     CISC_UNROLL

@@ -9,14 +9,15 @@
 namespace cisc::cross_similarity {
 namespace {
 
-constexpr int kRowBits = 9;       // largest components are brought to [2^8,2^9)
-constexpr float kUnit = 256.0f;   // of rounded and split rows, the length
+constexpr int kRowBits = 9;         // largest components are brought to [2^8,2^9)
+constexpr float kUnit = 256.0f;     // of rounded and split rows, the length
 constexpr int64_t kScalePad = 256;  // scales behind the last row, that the last tile reads
 
 // One side, packed. Workspace holds the images from `Side::first` on.
 struct Rows {
   uint16_t* data;  // [images,pixels,width]
-  float* scale;    // [images,pixels], and kScalePad more: times which a row is a unit vector; 1 where that is none
+  float*
+      scale;  // [images,pixels], and kScalePad more: times which a row is a unit vector; 1 where that is none
 };
 
 // A power of two in halves, as the whole may be none that float32 has.
@@ -48,7 +49,8 @@ __global__ void __launch_bounds__(kThreads)
   float most = 0.0f;
   for (int64_t c = part; c < side.channels; c += kParts * kDepth) {
     float values[kDepth];
-    read_channels(side.image, offset + c * side.image.stride_c, kParts, inside ? side.channels - c : 0, values);
+    read_channels(side.image, offset + c * side.image.stride_c, kParts, inside ? side.channels - c : 0,
+                  values);
 #pragma unroll
     for (int i = 0; i < kDepth; ++i) {
       square += static_cast<double>(values[i]) * static_cast<double>(values[i]);
@@ -75,8 +77,9 @@ __global__ void __launch_bounds__(kThreads)
     side.rest[place + pixel] = length.rest;
     side.low[place + pixel] = length.low;
     const double exact = ::ldexp(1.0 / length.norm, -exponent);
-    rows.scale[place + position] =
-        !length.exists ? 1.0f : form == Form::exact ? static_cast<float>(exact) : 1.0f / kUnit;
+    rows.scale[place + position] = !length.exists        ? 1.0f
+                                   : form == Form::exact ? static_cast<float>(exact)
+                                                         : 1.0f / kUnit;
   }
   // Behind the last row of all, for its tile.
   if (blockIdx.x + 1 == gridDim.x) rows.scale[place + side.pixels + thread] = 1.0f;

@@ -7,8 +7,8 @@ namespace {
 
 using namespace sm90;
 
-using Wide = BlockShape<2, 128, 2, true>;    // 256 query rows of up to 256 numbers
-using Long = BlockShape<1, 256, 2, true>;    // 128 query rows of up to 512 numbers
+using Wide = BlockShape<2, 128, 2, true>;       // 256 query rows of up to 256 numbers
+using Long = BlockShape<1, 256, 2, true>;       // 128 query rows of up to 512 numbers
 using Streamed = BlockShape<1, 256, 2, false>;  // any rows
 
 constexpr int kFewestStages = 3;

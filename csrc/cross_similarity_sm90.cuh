@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "cross_similarity_items.cuh"
 #include "cross_similarity_reduce.cuh"
 
 namespace cisc::cross_similarity::sm90 {
@@ -13,7 +14,7 @@ constexpr int kWarps = kGroups * kWarpGroup / kWarp;  // that multiply
 constexpr int kBringsRegisters = 56, kMultipliesRegisters = 224;
 constexpr int kMostStages = 12;
 constexpr int64_t kSharedBytes = 227 << 10;
-constexpr int kTurn = 1;  // the first of the named barriers that give the groups turns
+constexpr int kTurn = 1;                  // the first of the named barriers that give the groups turns
 constexpr int64_t kWantedClusters = 132;  // items, two for each of a large GPU
 
 // How a block cuts.
@@ -55,49 +56,14 @@ struct Layout {
     return query(query_chunks) + static_cast<int64_t>(number) * S::kStageBytes;
   }
   CISC_HD int64_t barriers() const { return stage(stages); }
-  CISC_HD int64_t bytes() const { return barriers() + static_cast<int64_t>(sizeof(Barriers)) + kSwizzleBytes; }
+  CISC_HD int64_t bytes() const {
+    return barriers() + static_cast<int64_t>(sizeof(Barriers)) + kSwizzleBytes;
+  }
 };
 
 struct Parameters {
   TensorMap query, guide;
   Sweep sweep;
-};
-
-// What a cluster does, in turn: the units of the launch, split by split, so that neighbours have the same part
-// of the guide.
-template <typename S>
-struct Item {
-  int32_t unit, split;  // unit: of those of the launch
-  int32_t image, slot;
-  int32_t first, behind;  // of the query's positions, in the image
-
-  __device__ __forceinline__ static Item of(const Sweep& p, int32_t number) {
-    Item item;
-    item.split = number / p.units;
-    item.unit = number - item.split * p.units;
-    const int32_t of_all = p.first_unit + item.unit, of_slot = of_all / p.tiles;
-    item.image = of_slot / p.slots;
-    item.slot = of_slot - item.image * p.slots;
-    item.first = (of_all - of_slot * p.tiles) * p.rows;
-    item.behind = item.first + p.rows < p.query_pixels ? item.first + p.rows : p.query_pixels;
-    return item;
-  }
-
-  __device__ __forceinline__ Walk walk(const Sweep& p) const {
-    const int32_t* guide_starts = p.guide_starts + image * (class_sort::kBins + 1);
-    Walk walk = Walk::none();
-    if (p.own()) {
-      const int32_t* query_starts = p.query_starts + image * (class_sort::kBins + 1);
-      walk = Walk::of_own(first, behind, query_starts, guide_starts, p.bins, S::kColumns);
-    } else {
-      const int64_t wanted = p.classes.at(p.first_image + image, slot);
-      const int32_t bin = class_sort::bin_of(wanted);
-      if (wanted < 0 || bin >= p.bins) return walk;
-      walk = Walk::of_class(first, behind, guide_starts, bin, S::kColumns);
-    }
-    walk.take(split, p.splits);
-    return walk;
-  }
 };
 
 __device__ __forceinline__ unsigned char* tiles_in(unsigned char* memory) {
@@ -108,17 +74,16 @@ __device__ __forceinline__ unsigned char* tiles_in(unsigned char* memory) {
 
 // One thread brings the tiles of all items.
 template <typename S>
-__device__ __forceinline__ void bring(const Parameters& parameters, const Layout<S>& layout, unsigned char* tiles,
-                                      Barriers* barriers) {
+__device__ __forceinline__ void bring(const Parameters& parameters, const Layout<S>& layout,
+                                      unsigned char* tiles, Barriers* barriers) {
   const Sweep& p = parameters.sweep;
   const uint32_t rank = S::kCluster > 1 ? cluster_rank() : 0;
   const int32_t clusters = static_cast<int32_t>(gridDim.x) / S::kCluster, items = p.units * p.splits;
   const int32_t steps = p.shape.steps();
   Ring ring, queries;
   for (auto number = static_cast<int32_t>(blockIdx.x) / S::kCluster; number < items; number += clusters) {
-    const auto item = Item<S>::of(p, number);
-    const auto query_row =
-        item.image * p.query_pixels + item.first + static_cast<int32_t>(rank) * S::kRows;
+    const auto item = Item<S::kColumns>::of(p, number);
+    const auto query_row = item.image * p.query_pixels + item.first + static_cast<int32_t>(rank) * S::kRows;
     Walk walk = item.walk(p);
     bool brought = false;
     Segment segment;
@@ -174,8 +139,8 @@ __device__ __forceinline__ void release(Barrier* empty, int lane) {
 
 // The products of a group's rows with a tile, to its registers.
 template <typename S, Matrix type>
-__device__ __forceinline__ void multiply(const RowShape& shape, const Layout<S>& layout, uint32_t tiles, int group,
-                                         int lane, Barriers* barriers, Ring& ring,
+__device__ __forceinline__ void multiply(const RowShape& shape, const Layout<S>& layout, uint32_t tiles,
+                                         int group, int lane, Barriers* barriers, Ring& ring,
                                          // outputs
                                          float (&sums)[S::kRowTiles][S::kSums]) {
   constexpr uint64_t kTile = 64 * kChunkBytes >> 4, kSixteen = 32 >> 4;  // as descriptors count
@@ -186,9 +151,10 @@ __device__ __forceinline__ void multiply(const RowShape& shape, const Layout<S>&
   for (int32_t step = 0; step < steps; ++step) {
     barrier_wait(&barriers->full[ring.stage], ring.parity);
     const auto stage = tiles + static_cast<uint32_t>(layout.stage(ring.stage));
-    const uint32_t query = (S::kResident ? tiles + static_cast<uint32_t>(layout.query(shape.query_chunk(step)))
-                                         : stage + S::kGuideBytes) +
-                           static_cast<uint32_t>(group) * S::kRowTiles * 64 * kChunkBytes;
+    const uint32_t query =
+        (S::kResident ? tiles + static_cast<uint32_t>(layout.query(shape.query_chunk(step)))
+                      : stage + S::kGuideBytes) +
+        static_cast<uint32_t>(group) * S::kRowTiles * 64 * kChunkBytes;
     const uint64_t a = fragments::descriptor(query), b = fragments::descriptor(stage);
     products_begin();
 #pragma unroll
@@ -222,12 +188,13 @@ __device__ __forceinline__ void reduce_all(const Parameters& parameters, const L
   const uint32_t rank = S::kCluster > 1 ? cluster_rank() : 0;
   const int32_t clusters = static_cast<int32_t>(gridDim.x) / S::kCluster, items = p.units * p.splits;
   // Of the cluster's rows, the first of the warp.
-  const int first_row = static_cast<int>(rank) * S::kRows + group * S::kRowTiles * 64 + fragments::first_row(warp);
+  const int first_row =
+      static_cast<int>(rank) * S::kRows + group * S::kRowTiles * 64 + fragments::first_row(warp);
   Reducer reducer(p);
   Ring ring, queries;
   if (S::kInTurn && group == 1) meet_without_waiting(kTurn, kGroups * kWarpGroup);
   for (auto number = static_cast<int32_t>(blockIdx.x) / S::kCluster; number < items; number += clusters) {
-    const auto item = Item<S>::of(p, number);
+    const auto item = Item<S::kColumns>::of(p, number);
     const reduce::Group rows{item.image, item.unit, item.split, item.first};
     const reduce::Place place{item.first + first_row, 64, lane};
     reducer.begin(place);
@@ -303,12 +270,11 @@ __global__ void __cluster_dims__(S::kCluster, 1, 1) __launch_bounds__(kThreads, 
 template <typename S, Matrix type, typename Reducer>
 void launch(const Gpu& gpu, const Sweep& sweep) {
   const auto layout = Layout<S>::of(sweep.shape);
-  const Parameters parameters{
-      tensor_map(gpu, type, sweep.query_rows, sweep.images * sweep.query_pixels, sweep.shape.width(),
-                 S::kRows),
-      tensor_map(gpu, type, sweep.guide_rows, sweep.images * sweep.guide_pixels, sweep.shape.width(),
-                 S::kColumns / S::kCluster),
-      sweep};
+  const Parameters parameters{tensor_map(gpu, type, sweep.query_rows, sweep.images * sweep.query_pixels,
+                                         sweep.shape.width(), S::kRows),
+                              tensor_map(gpu, type, sweep.guide_rows, sweep.images * sweep.guide_pixels,
+                                         sweep.shape.width(), S::kColumns / S::kCluster),
+                              sweep};
   const int64_t items = static_cast<int64_t>(sweep.units) * sweep.splits;
   // Items are alike but in own-label mode, where a cluster for each leaves it to the chip who takes the next.
   const int64_t clusters =

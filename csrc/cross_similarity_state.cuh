@@ -156,8 +156,8 @@ struct Heap {
 
 // Of "topk": the winners, sorted in place, become indices. `winners` are `count`, of k.
 __device__ inline void finish_winners(Heap& heap,
-                               // outputs
-                               float* value, int32_t* best) {
+                                      // outputs
+                                      float* value, int32_t* best) {
   heap.sort_by_index();
   double sum = 0.0;
   float most = -kInfinity;
@@ -172,7 +172,8 @@ __device__ inline void finish_winners(Heap& heap,
     heap.at[i] = pixel;
   }
   for (int64_t i = heap.count; i < heap.k; ++i) heap.at[i] = -1;
-  *value = most == kInfinity ? std::numeric_limits<float>::quiet_NaN() : static_cast<float>(sum / static_cast<double>(heap.count));
+  *value = most == kInfinity ? std::numeric_limits<float>::quiet_NaN()
+                             : static_cast<float>(sum / static_cast<double>(heap.count));
 }
 
 }  // namespace cisc::cross_similarity

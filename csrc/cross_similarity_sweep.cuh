@@ -18,15 +18,16 @@ constexpr int kFoundAtOnce = 8;  // winners of "topk" that a sweep finds
 struct Sweep {
   Matrix type;
   RowShape shape;
-  const uint16_t *query_rows, *guide_rows;  // [images,pixels,width]
-  const float *query_scale, *guide_scale;   // [images,pixels]: times which a row is a unit vector
+  const uint16_t *query_rows, *guide_rows;     // [images,pixels,width]
+  const float *query_scale, *guide_scale;      // [images,pixels]: times which a row is a unit vector
   int32_t images, query_pixels, guide_pixels;  // of those images, and of one
-  const int32_t *query_starts, *guide_starts;  // [images,kBins + 1]; of the query in own-label mode, else null
-  int64_t first_image;                         // of all
-  Classes classes;                             // [B,S]; without it own-label mode
-  int32_t bins;                                // those in front of it have one label each
-  // Units: a tile of the query's `rows`, for each slot and image; of the launch, in order of those. Each meets the
-  // guide in `splits`.
+  const int32_t *query_starts,
+      *guide_starts;    // [images,kBins + 1]; of the query in own-label mode, else null
+  int64_t first_image;  // of all
+  Classes classes;      // [B,S]; without it own-label mode
+  int32_t bins;         // those in front of it have one label each
+  // Units: a tile of the query's `rows`, for each slot and image; of the launch, in order of those. Each
+  // meets the guide in `splits`.
   int32_t slots, tiles, rows, splits, first_unit, units;
   Reduction reduction;  // max, topk or softmax
   float steepness;

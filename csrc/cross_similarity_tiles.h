@@ -1,5 +1,5 @@
-// Which tiles a group of query pixels meets on tensor cores, and in which steps their products are made. Shared
-// by host and device code; needs no torch header.
+// Which tiles a group of query pixels meets on tensor cores, and in which steps their products are made.
+// Shared by host and device code; needs no torch header.
 #pragma once
 
 #include <cstdint>
@@ -29,13 +29,17 @@ struct RowShape {
   CISC_HD int32_t all_chunks() const { return split ? 2 * chunks : chunks; }
   CISC_HD int64_t width() const { return static_cast<int64_t>(all_chunks()) * kChunk16; }
 
-  // Steps of a product. The smallest come first: rounded times rest, rest times rounded, rounded times rounded.
+  // Steps of a product. The smallest come first: rounded times rest, rest times rounded, rounded times
+  // rounded.
   CISC_HD int32_t steps() const { return split ? 3 * chunks : chunks; }
   CISC_HD int32_t query_chunk(int32_t step) const {
     return step < chunks ? step : step < 2 * chunks ? step : step - 2 * chunks;
   }
   CISC_HD int32_t guide_chunk(int32_t step) const {
-    return !split ? step : step < chunks ? step + chunks : step < 2 * chunks ? step - chunks : step - 2 * chunks;
+    return !split              ? step
+           : step < chunks     ? step + chunks
+           : step < 2 * chunks ? step - chunks
+                               : step - 2 * chunks;
   }
 };
 

@@ -148,7 +148,8 @@ void check_class(const Sorted& guide, int64_t wanted, int64_t query_pixels) {
   list.clear();
   const auto bin = static_cast<size_t>(bin_of(wanted));
   list.add(guide.starts[bin], guide.starts[bin + 1]);
-  const Schedule schedule = Schedule::of(2, 3, query_pixels, static_cast<int64_t>(guide.labels.size()), kPlainCut);
+  const Schedule schedule =
+      Schedule::of(2, 3, query_pixels, static_cast<int64_t>(guide.labels.size()), kPlainCut);
   std::vector<int32_t> met(static_cast<size_t>(guide.starts[kBins]), 0);
   visit(list, schedule, met);
   for (size_t at = 0; at < met.size(); ++at) {
