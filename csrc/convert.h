@@ -4,6 +4,10 @@
 
 #include <cstdint>
 
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
 #include "simd.h"
 
 namespace cisc {

@@ -215,8 +215,8 @@ std::tuple<Tensor, Tensor, Tensor> forward_op(const Tensor& query, const Tensor&
                                               const Tensor& guide_labels, const MaybeTensor& classes,
                                               const MaybeTensor& query_labels, const std::string& reduction,
                                               int64_t k, double temperature, int64_t ignore_index, double eps,
-                                              bool return_index) {
-  const Settings settings{reduction_of(kForward, reduction), k, temperature, ignore_index, eps};
+                                              bool rounded, bool return_index) {
+  const Settings settings{reduction_of(kForward, reduction), k, temperature, ignore_index, eps, rounded};
   const Inputs in{query, guide, guide_labels, classes, query_labels, settings, kForward};
   check_inputs(in, Place::cpu);
   const bool topk = settings.reduction == Reduction::topk, softmax = settings.reduction == Reduction::softmax;

@@ -25,7 +25,7 @@ using MaybeTensor = std::optional<Tensor>;
 // What both schemas name after their own tensors.
 #define CISC_PAIR_ARGUMENTS                                                    \
   "Tensor query, Tensor guide, Tensor guide_labels, Tensor? classes, Tensor? " \
-  "query_labels, str reduction, int k, float temperature, int ignore_index, float eps"
+  "query_labels, str reduction, int k, float temperature, int ignore_index, float eps, bool rounded"
 
 constexpr const char* kSchema = "cross_similarity(" CISC_PAIR_ARGUMENTS
                                 ", bool return_index) -> (Tensor similarity, Tensor index, Tensor saved)";
@@ -39,6 +39,7 @@ struct Settings {
   double temperature;
   int64_t ignore_index;
   double eps;
+  bool rounded;  // unit vectors of float32 may be rounded to float16
 
   // log2(e) / temperature, finite for the smallest temperature too, where the best cosine takes all.
   float steepness() const { return static_cast<float>(std::min(1.0 / (kLn2 * temperature), 1e37)); }

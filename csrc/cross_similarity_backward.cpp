@@ -299,8 +299,8 @@ std::tuple<Tensor, Tensor> backward_op(const Tensor& grad, const Tensor& similar
                                        const Tensor& guide_labels, const MaybeTensor& classes,
                                        const MaybeTensor& query_labels, const std::string& reduction,
                                        int64_t k, double temperature, int64_t ignore_index, double eps,
-                                       bool need_query, bool need_guide) {
-  const Settings settings{reduction_of(kBackward, reduction), k, temperature, ignore_index, eps};
+                                       bool rounded, bool need_query, bool need_guide) {
+  const Settings settings{reduction_of(kBackward, reduction), k, temperature, ignore_index, eps, rounded};
   const Inputs in{query, guide, guide_labels, classes, query_labels, settings, kBackward};
   check_backward(in, grad, similarity, index, saved, Place::cpu);
   Winners winners{nullptr, 1};

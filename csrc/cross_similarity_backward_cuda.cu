@@ -7,6 +7,7 @@
 
 #include "cross_similarity_means.cuh"
 #include "cross_similarity_pair_gradients.cuh"
+#include "cross_similarity_pairs.cuh"
 #include "cross_similarity_winners.cuh"
 
 namespace cisc::cross_similarity {
@@ -131,8 +132,8 @@ std::tuple<Tensor, Tensor> cuda_backward(const Tensor& grad, const Tensor& simil
                                          const Tensor& guide_labels, const MaybeTensor& classes,
                                          const MaybeTensor& query_labels, const std::string& reduction,
                                          int64_t k, double temperature, int64_t ignore_index, double eps,
-                                         bool need_query, bool need_guide) {
-  const Settings settings{reduction_of(kBackward, reduction), k, temperature, ignore_index, eps};
+                                         bool rounded, bool need_query, bool need_guide) {
+  const Settings settings{reduction_of(kBackward, reduction), k, temperature, ignore_index, eps, rounded};
   const Inputs in{query, guide, guide_labels, classes, query_labels, settings, kBackward};
   check_backward(in, grad, similarity, index, saved, kHere);
   const Gpu gpu(kBackward, "query", query);

@@ -8,7 +8,9 @@
 #include <algorithm>
 #include <tuple>
 
+#include "cross_similarity_finish.cuh"
 #include "cross_similarity_means.cuh"
+#include "cross_similarity_pairs.cuh"
 
 namespace cisc::cross_similarity {
 namespace {
@@ -27,12 +29,16 @@ struct Kernel {
   float steepness;
   int64_t k;
   bool indexed, shared_winners;
+  bool others;        // only labels that share a bin, as a sweep on tensor cores has met the rest
   State* states;      // [units,splits,64]
   int64_t* winners;   // [units,splits,64,k] where shared_winners
   float* similarity;  // [B,S,h,w]
   int64_t* index;     // [B,S,h,w]
   int64_t* saved;     // [B,S,h,w,k] of "topk"
   float* log_totals;  // [B,S,h,w] of "softmax"
+
+  // Whether a bin's pixels are compared.
+  __device__ bool meets(int32_t bin) const { return !others || bin == kBins - 1; }
 
   // Place of a pixel in a tensor [B,S,h,w].
   __device__ int64_t place(int64_t b, int64_t slot, int64_t pixel) const {
@@ -49,10 +55,14 @@ __global__ void __launch_bounds__(kThreads, 2) compare_kernel(Kernel p) {
   const int64_t unit = blockIdx.x / p.schedule.splits;
   const class_sort::Job job = p.schedule.job(p.first_unit + unit, blockIdx.x % p.schedule.splits);
   const int64_t b = p.query.first + job.image, wanted = p.classes.own ? 0 : p.classes.at(b, job.slot);
+  if (!p.classes.own && !p.meets(class_sort::bin_of(wanted))) return;
   const int row = static_cast<int>(threadIdx.x) % kTile, part = static_cast<int>(threadIdx.x) / kTile;
   if (part == 0) {
     const int64_t position = job.tile * kTile + row;
-    tile.held.set(p.query, b, row, position < p.query.count(b) ? position : -1, !p.classes.own, wanted);
+    // Positions of the last bin come last.
+    const bool among = !p.others || !p.classes.own || position >= p.query.starts_of(b)[kBins - 1];
+    tile.held.set(p.query, b, row, among && position < p.query.count(b) ? position : -1, !p.classes.own,
+                  wanted);
   }
   if (p.classes.own) {
     list_bins_of_held(p.guide, b, tile);
@@ -153,6 +163,7 @@ __global__ void __launch_bounds__(kCombineThreads) combine_kernel(Kernel p) {
   const class_sort::Job job = p.schedule.job(p.first_unit + unit, 0);
   const int64_t b = p.query.first + job.image, position = job.tile * kTile + row;
   if (position >= p.query.count(b)) return;
+  if (!p.classes.own && !p.meets(class_sort::bin_of(p.classes.at(b, job.slot)))) return;
   const int64_t place = p.place(b, job.slot, p.query.pixel_at(b, position));
   State state = State::none();
   float value = 0.0f;
@@ -181,10 +192,7 @@ __global__ void __launch_bounds__(kCombineThreads) combine_kernel(Kernel p) {
     }
     if (reduction == Reduction::mean) value = static_cast<float>(state.weighted / state.total);
     if (reduction == Reduction::softmax) {
-      const double top = static_cast<double>(state.top);
-      value = static_cast<float>(top + state.weighted / state.total);
-      p.log_totals[place] = static_cast<float>(::log2(state.total) + (top - static_cast<double>(value)) *
-                                                                         static_cast<double>(p.steepness));
+      value = state.mean(static_cast<double>(p.steepness), &p.log_totals[place]);
     }
   }
   p.similarity[place] = value;
@@ -192,7 +200,7 @@ __global__ void __launch_bounds__(kCombineThreads) combine_kernel(Kernel p) {
 }
 
 // Some channels of the means that a block meets.
-struct Rows {
+struct MeanRows {
   alignas(16) float at[kRowsDepth * kRows];
 };
 
@@ -200,7 +208,7 @@ struct Rows {
 __global__ void __launch_bounds__(kRowsThreads) meet_means_kernel(Means p, bool begins,
                                                                   // outputs
                                                                   float* similarity /* [B,S,h,w] */) {
-  CISC_SHARED(means, Rows);  // [channel,row]
+  CISC_SHARED(means, MeanRows);  // [channel,row]
   const Side& query = p.query;
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t groups = ceil_div(p.rows, kRows), tiles = ceil_div(query.pixels, kRowsThreads);
@@ -299,6 +307,93 @@ void run_compare(const Gpu& gpu, Pairs& pairs, const Inputs& in, Kernel p) {
   });
 }
 
+// Sweeps on tensor cores, of "max", "topk" and "softmax".
+class Sweeps {
+ public:
+  static constexpr int kOldest = 80;  // compute capability 8.0
+
+  Sweeps(const Gpu& gpu, const Inputs& in, const Packing& packing, Reduction reduction)
+      : gpu_(gpu), in_(in), packing_(packing), reduction_(reduction) {
+    const class_sort::Cut cut =
+        on_hopper() ? cut_sm90(packing.shape, reduction) : cut_sm80(packing.shape, reduction);
+    schedule_ = Schedule::of(in.batch(), in.slots(), in.query_pixels(), in.guide_pixels(), cut);
+    const bool topk = reduction == Reduction::topk;
+    // A result of each split, and a bound for all of them.
+    row_bytes_ = static_cast<int64_t>(sizeof(State)) + (topk ? 8 * kFoundAtOnce + 8 : 0);
+    results_ = schedule_.units_at_once(kResultBytes, row_bytes_) * schedule_.splits * schedule_.rows;
+    workspace_ = device_empty(in.query, {results_ * row_bytes_ / 8}, ScalarType::Long);
+  }
+
+  // finish: outputs; of the images whose sides are packed
+  void run(const Pairs& pairs, int64_t images, Finish finish) {
+    schedule_.images = images;
+    Sweep sweep{};
+    sweep.type = packing_.matrix();
+    sweep.shape = packing_.shape;
+    sweep.query_rows = pairs.query_rows().data;
+    sweep.guide_rows = pairs.guide_rows().data;
+    sweep.query_scale = pairs.query_rows().scale;
+    sweep.guide_scale = pairs.guide_rows().scale;
+    sweep.images = static_cast<int32_t>(images);
+    sweep.query_pixels = static_cast<int32_t>(in_.query_pixels());
+    sweep.guide_pixels = static_cast<int32_t>(in_.guide_pixels());
+    sweep.query_starts = pairs.query().starts;
+    sweep.guide_starts = pairs.guide().starts;
+    sweep.first_image = pairs.query().first;
+    sweep.classes = pairs.classes();
+    sweep.bins = bins_of(in_);
+    sweep.slots = static_cast<int32_t>(schedule_.slots);
+    sweep.tiles = static_cast<int32_t>(schedule_.tiles);
+    sweep.rows = static_cast<int32_t>(schedule_.rows);
+    sweep.splits = static_cast<int32_t>(schedule_.splits);
+    sweep.reduction = reduction_;
+    sweep.steepness = in_.settings.steepness();
+    int64_t* memory = data_of<int64_t>(workspace_);
+    sweep.states = reinterpret_cast<State*>(memory);
+    sweep.winners = memory + results_ * static_cast<int64_t>(sizeof(State)) / 8;
+    finish.bounds = sweep.winners + results_ * kFoundAtOnce;
+    finish.query = pairs.query();
+    finish.guide = pairs.guide();
+    finish.form = packing_.form;
+    check(schedule_.units() <= INT32_MAX, kForward, "these shapes have too many classes and pixels");
+    const int64_t step = schedule_.units_at_once(kResultBytes, row_bytes_);
+    for (int64_t first = 0; first < schedule_.units(); first += step) {
+      sweep.first_unit = static_cast<int32_t>(first);
+      sweep.units = static_cast<int32_t>(std::min(step, schedule_.units() - first));
+      for (finish.found_before = 0; finish.found_before < finish.k; finish.found_before += kFoundAtOnce) {
+        sweep.bounds = finish.found_before > 0 ? finish.bounds : nullptr;
+        finish.last = finish.found_before + kFoundAtOnce >= finish.k;
+        on_hopper() ? sweep_sm90(gpu_, sweep) : sweep_sm80(gpu_, sweep);
+        finish.sweep = sweep;
+        const auto kernel = reduction_ == Reduction::topk  ? finish_kernel<Reduction::topk>
+                            : reduction_ == Reduction::max ? finish_kernel<Reduction::max>
+                                                           : finish_kernel<Reduction::softmax>;
+        gpu_.launch(kernel, ceil_div(sweep.units * schedule_.rows * kWarp, kFinishThreads), kFinishThreads, 0,
+                    finish);
+      }
+    }
+  }
+
+  // Bins of one label each.
+  static int32_t bins_of(const Inputs& in) { return wide(in) ? kBins - 1 : kBins; }
+
+  static bool wide(const Inputs& in) {
+    return in.guide_labels.scalar_type() != ScalarType::Byte ||
+           (in.query_labels && in.query_labels->scalar_type() != ScalarType::Byte);
+  }
+
+ private:
+  bool on_hopper() const { return gpu_.capability() == 90; }
+
+  const Gpu& gpu_;
+  const Inputs& in_;
+  Packing packing_;
+  Reduction reduction_;
+  Schedule schedule_{};
+  int64_t row_bytes_ = 0, results_ = 0;
+  Tensor workspace_;
+};
+
 void run_means(const Gpu& gpu, Pairs& pairs, const Inputs& in, float* similarity) {
   MeanTables tables(gpu, in);
   pairs.each([&](int64_t images) {
@@ -316,6 +411,41 @@ void run_means(const Gpu& gpu, Pairs& pairs, const Inputs& in, float* similarity
   });
 }
 
+// The plain kernel.
+// others: only labels that share a bin
+void run_plain(const Gpu& gpu, Pairs& pairs, const Inputs& in, bool others, bool indexed,
+               // outputs
+               Tensor& similarity, Tensor& index, Tensor& saved) {
+  const Settings& settings = in.settings;
+  const bool topk = settings.reduction == Reduction::topk, softmax = settings.reduction == Reduction::softmax;
+  Kernel p{};
+  p.classes = pairs.classes();
+  p.schedule =
+      Schedule::of(in.batch(), in.slots(), in.query_pixels(), in.guide_pixels(), class_sort::kPlainCut);
+  p.steepness = settings.steepness();
+  p.k = in.winners();
+  p.indexed = indexed;
+  p.others = others;
+  p.shared_winners = topk && p.k <= kSharedWinners;
+  if (topk && !p.shared_winners) p.schedule.splits = 1;  // the winners' own memory serves one block
+  p.similarity = data_of<float>(similarity);
+  p.index = indexed ? data_of<int64_t>(index) : nullptr;
+  p.saved = topk ? data_of<int64_t>(saved) : nullptr;
+  p.log_totals = softmax ? data_of<float>(saved) : nullptr;
+  switch (settings.reduction) {
+    case Reduction::max:
+      return run_compare<Reduction::max>(gpu, pairs, in, p);
+    case Reduction::topk:
+      return run_compare<Reduction::topk>(gpu, pairs, in, p);
+    case Reduction::softmax:
+      return run_compare<Reduction::softmax>(gpu, pairs, in, p);
+    case Reduction::mean:
+      if (!MeanTables::serve(in)) return run_compare<Reduction::mean>(gpu, pairs, in, p);
+      // All pairs are met for the index alone; the mean then replaces the best cosine.
+      if (indexed) run_compare<Reduction::max>(gpu, pairs, in, p);
+  }
+}
+
 // query: [B,C,h,w] float32, bfloat16 or float16, any strides
 // guide: [B,C,h',w'] float32, bfloat16 or float16, any strides
 // guide_labels, query_labels: [B,H,W] uint8, int32 or int64, any strides
@@ -329,8 +459,8 @@ std::tuple<Tensor, Tensor, Tensor> cuda_forward(const Tensor& query, const Tenso
                                                 const Tensor& guide_labels, const MaybeTensor& classes,
                                                 const MaybeTensor& query_labels, const std::string& reduction,
                                                 int64_t k, double temperature, int64_t ignore_index,
-                                                double eps, bool return_index) {
-  const Settings settings{reduction_of(kForward, reduction), k, temperature, ignore_index, eps};
+                                                double eps, bool rounded, bool return_index) {
+  const Settings settings{reduction_of(kForward, reduction), k, temperature, ignore_index, eps, rounded};
   const Inputs in{query, guide, guide_labels, classes, query_labels, settings, kForward};
   check_inputs(in, kHere);
   const Gpu gpu(kForward, "query", query);
@@ -339,39 +469,30 @@ std::tuple<Tensor, Tensor, Tensor> cuda_forward(const Tensor& query, const Tenso
   const bool topk = settings.reduction == Reduction::topk, softmax = settings.reduction == Reduction::softmax;
   auto [similarity, index, saved, indexed] = Results::of(in, return_index);
   if (similarity.numel() == 0) return {similarity, index, saved};
-  Pairs pairs(gpu, in);
-  Kernel p{};
-  p.classes = pairs.classes();
-  p.schedule = Schedule::of(in.batch(), in.slots(), in.query_pixels(), in.guide_pixels());
-  p.steepness = settings.steepness();
-  p.k = in.winners();
-  p.indexed = indexed;
-  p.shared_winners = topk && p.k <= kSharedWinners;
-  if (topk && !p.shared_winners) p.schedule.splits = 1;  // the winners' own memory serves one block
-  p.similarity = data_of<float>(similarity);
-  p.index = indexed ? data_of<int64_t>(index) : nullptr;
-  p.saved = topk ? data_of<int64_t>(saved) : nullptr;
-  p.log_totals = softmax ? data_of<float>(saved) : nullptr;
-  switch (settings.reduction) {
-    case Reduction::max:
-      run_compare<Reduction::max>(gpu, pairs, in, p);
-      break;
-    case Reduction::topk:
-      run_compare<Reduction::topk>(gpu, pairs, in, p);
-      break;
-    case Reduction::softmax:
-      run_compare<Reduction::softmax>(gpu, pairs, in, p);
-      break;
-    case Reduction::mean:
-      if (!MeanTables::serve(in)) {
-        run_compare<Reduction::mean>(gpu, pairs, in, p);
-        break;
-      }
-      // All pairs are met for the index alone; the mean then replaces the best cosine.
-      if (indexed) run_compare<Reduction::max>(gpu, pairs, in, p);
-      run_means(gpu, pairs, in, p.similarity);
-      break;
+  const bool mean = settings.reduction == Reduction::mean, means = mean && MeanTables::serve(in);
+  // Of "mean" by tables all pairs are met for the index alone.
+  const bool sweeps = gpu.capability() >= Sweeps::kOldest && (!mean || (means && indexed));
+  const auto packing = sweeps ? std::optional<Packing>(Packing::of(in)) : std::nullopt;
+  Pairs pairs(gpu, in, packing);
+  if (sweeps) {
+    Finish finish{};
+    finish.k = topk ? in.winners() : 1;
+    finish.similarity = data_of<float>(similarity);
+    finish.index = indexed ? data_of<int64_t>(index) : nullptr;
+    finish.saved = topk ? data_of<int64_t>(saved) : nullptr;
+    finish.log_totals = softmax ? data_of<float>(saved) : nullptr;
+    finish.values = settings.reduction == Reduction::max;
+    std::optional<Sweeps> best, other;
+    if (settings.reduction == Reduction::max || (indexed && !topk))
+      best.emplace(gpu, in, *packing, Reduction::max);
+    if (topk || softmax) other.emplace(gpu, in, *packing, settings.reduction);
+    pairs.each([&](int64_t images) {
+      if (best) best->run(pairs, images, finish);
+      if (other) other->run(pairs, images, finish);
+    });
   }
+  if (!sweeps || Sweeps::wide(in)) run_plain(gpu, pairs, in, sweeps, indexed, similarity, index, saved);
+  if (means) run_means(gpu, pairs, in, data_of<float>(similarity));
   if (classes) spoil(gpu, *classes, similarity);
   return {similarity, index, saved};
 }

@@ -60,6 +60,9 @@ struct Side {
   // Pixels in the order.
   __device__ int64_t count(int64_t b) const { return order != nullptr ? starts_of(b)[kBins] : pixels; }
 
+  // A component of a pixel's unit vector.
+  __device__ __forceinline__ float unit(int64_t b, int64_t pixel, int64_t channel) const;
+
   __device__ int64_t pixel_at(int64_t b, int64_t position) const {
     return order != nullptr ? order[(b - first) * pixels + position] : position;
   }
@@ -91,6 +94,12 @@ __device__ __forceinline__ void read_channels(const Image<const void*>& image, i
 __device__ __forceinline__ float unit_of(float value, float scale, float rest, float low) {
   const float near = scale == 0.0f ? 0.0f : value * scale;
   return fmaf(near, rest, near * low);
+}
+
+__device__ __forceinline__ float Side::unit(int64_t b, int64_t pixel, int64_t channel) const {
+  const int64_t place = (b - first) * pixels + pixel;
+  return unit_of(read_element(image.kind, image.data, offset(b, pixel) + channel * image.stride_c),
+                 scale[place], rest[place], low[place]);
 }
 
 // 1 / the length of a vector, as scale * (rest + low).
@@ -334,18 +343,17 @@ __device__ __forceinline__ void compute_cosines(const Side& held, const Side& st
 __device__ __forceinline__ void list_bins_of_held(const Side& other, int64_t b, Tile& tile) {
   const int at = static_cast<int>(threadIdx.x);
   __syncthreads();
-  if (at < kTile && tile.held.pixel[at] >= 0) {
-    const int32_t bin = class_sort::bin_of(tile.held.label[at]);
+  if (at < kTile) {
+    const bool held = tile.held.pixel[at] >= 0;
+    const int32_t bin = held ? class_sort::bin_of(tile.held.label[at]) : -1;
     tile.bins[at] = bin;
-    tile.from[at] = other.starts_of(b)[bin];
-    tile.to[at] = other.starts_of(b)[bin + 1];
+    tile.from[at] = held ? other.starts_of(b)[bin] : 0;
+    tile.to[at] = held ? other.starts_of(b)[bin + 1] : 0;
   }
   __syncthreads();
   if (at == 0) {
-    int rows = 0;
-    while (rows < kTile && tile.held.pixel[rows] >= 0) ++rows;
     tile.list.clear();
-    tile.list.add_rows(tile.bins, tile.from, tile.to, rows);
+    tile.list.add_rows(tile.bins, tile.from, tile.to, kTile);
   }
   __syncthreads();
 }
@@ -368,93 +376,6 @@ __device__ __forceinline__ void set_streamed(const Side& side, int64_t b, int64_
   const int64_t place = number * kTile + at;
   tile.streamed.set(side, b, at, place < tile.list.length() ? tile.list.position(place) : -1, given, value);
 }
-
-// Host: workspace of a few images at a time, both sides measured and sorted.
-class Pairs {
- public:
-  Pairs(const Gpu& gpu, const Inputs& in)
-      : gpu_(gpu),
-        in_(in),
-        query_(side_of(in.query, in.query_labels)),
-        guide_(side_of(in.guide, in.guide_labels)) {
-    at_once_ = std::clamp<int64_t>(kImageBytes / std::max<int64_t>(words(1) * 4, 1), 1,
-                                   std::max<int64_t>(in.batch(), 1));
-    workspace_ = device_empty(in.query, {words(at_once_)}, ScalarType::Int);
-    classes_ = {own() ? Classes{} : classes_of(*in.classes), own()};
-  }
-
-  const Side& query() const { return query_; }
-  const Side& guide() const { return guide_; }
-  const SlotClasses& classes() const { return classes_; }
-
-  // f(images), with the sides of so many ready
-  template <typename Function>
-  void each(const Function& f) {
-    for (int64_t b = 0; b < in_.batch(); b += at_once_) {
-      const int64_t images = std::min(at_once_, in_.batch() - b);
-      prepare(b, images);
-      f(images);
-    }
-  }
-
- private:
-  bool own() const { return !in_.classes.has_value(); }
-
-  static Side side_of(const Tensor& features, const MaybeTensor& labels) {
-    Side side{};
-    side.image = read_image(features);
-    side.channels = features.size(1);
-    side.height = features.size(2);
-    side.width = std::max<int64_t>(features.size(3), 1);
-    side.pixels = features.size(2) * features.size(3);
-    if (!labels) return side;
-    side.labels = read_labels(*labels);
-    side.label_height = labels->size(1);
-    side.label_width = labels->size(2);
-    return side;
-  }
-
-  // Of workspace, for so many images.
-  int64_t words(int64_t images) const {
-    const auto of = [&](const Side& side, bool sorted) {
-      const int64_t sorting = side.pixels + class_sort::chunks_of(side.pixels) * kBins + kBins + 1;
-      return images * (3 * side.pixels + (sorted ? sorting : 0));
-    };
-    return of(query_, own()) + of(guide_, true);
-  }
-
-  void prepare(int64_t b, int64_t images) {
-    int32_t* next = data_of<int32_t>(workspace_);
-    const auto take = [&](int64_t count) {
-      int32_t* taken = next;
-      next += count;
-      return taken;
-    };
-    const auto ready = [&](Side& side, bool sorted) {
-      side.first = b;
-      const int64_t pixels = images * side.pixels;
-      side.scale = reinterpret_cast<float*>(take(pixels));
-      side.rest = reinterpret_cast<float*>(take(pixels));
-      side.low = reinterpret_cast<float*>(take(pixels));
-      gpu_.launch(measure_kernel, ceil_div(pixels, kThreads), kThreads, 0, side, images, in_.settings.eps);
-      if (!sorted) return;
-      side.order = take(pixels);
-      side.starts = take(images * (kBins + 1));
-      int32_t* counts = take(images * class_sort::chunks_of(side.pixels) * kBins);
-      const LabelBins bins{side, &side == &query_, in_.settings.ignore_index};
-      sort_items(gpu_, bins, images, side.pixels, counts, side.order, side.starts);
-    };
-    ready(query_, own());
-    ready(guide_, true);
-  }
-
-  const Gpu& gpu_;
-  const Inputs& in_;
-  Side query_, guide_;
-  SlotClasses classes_{};
-  int64_t at_once_ = 1;
-  Tensor workspace_;
-};
 
 // All arguments on one GPU.
 inline void check_devices(const Inputs& in) {

@@ -86,6 +86,17 @@ struct State {
     total += b.total;
     weighted += b.weighted;
   }
+
+  // Of "softmax": the value, and log2 of the sum over j of 2^((cosine_j - value) * steepness).
+  __device__ float mean(double steepness,
+                        // outputs
+                        float* log_total) const {
+    const double value = static_cast<double>(top) + weighted / total;
+    *log_total = static_cast<float>(
+        ::log2(total) +
+        (static_cast<double>(top) - static_cast<double>(static_cast<float>(value))) * steepness);
+    return static_cast<float>(value);
+  }
 };
 
 static_assert(sizeof(State) == 32, "what tests/test_class_sort.py reckons with");

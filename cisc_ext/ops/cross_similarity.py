@@ -179,7 +179,7 @@ def _reference_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    tensors, ctx.settings = inputs[:5], inputs[5:10]
+    tensors, ctx.settings = inputs[:5], inputs[5:-1]
     ctx.save_for_backward(*output, *tensors)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1], output[2])
@@ -188,10 +188,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 def _backward_by(operator: Callable[..., Any]) -> Callable[..., tuple[Tensor | None, ...]]:
     def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return (None,) * 11
+            return (None,) * (6 + len(ctx.settings))
         need = ctx.needs_input_grad[:2]
         grads = operator(grad, *ctx.saved_tensors, *ctx.settings, *need)
-        return (*(g if needed else None for g, needed in zip(grads, need, strict=True)), *[None] * 9)
+        wanted = (g if needed else None for g, needed in zip(grads, need, strict=True))
+        return (*wanted, *[None] * (4 + len(ctx.settings)))
 
     return backward
 
@@ -204,8 +205,28 @@ _triton_backward = opaque_op(f"{_NAME}_triton_backward", _BACKWARD_SCHEMA, _fake
 )
 _triton.register_autograd(_backward_by(_triton_backward), setup_context=_save)
 
+
+
+@torch.compiler.assume_constant_result
+def _rounded() -> bool:
+    """Whether unit vectors of float32 may be rounded to float16."""
+    return torch.get_float32_matmul_precision() != "highest"
+
+
+def _cpp(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The compiled operator, which cannot ask torch for the precision of products."""
+    result: tuple[Tensor, Tensor, Tensor] = _library.compiled(_NAME)(
+        *arguments[:-1], _rounded(), arguments[-1]
+    )
+    return result
+
+
+def _cpp_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake(*arguments[:-2], arguments[-1])
+
+
 _cpp_backward = _library.compiled(f"{_NAME}_backward")
-_library.register(_NAME, _fake, _backward_by(_cpp_backward), _save)
+_library.register(_NAME, _cpp_fake, _backward_by(_cpp_backward), _save)
 _library.register(f"{_NAME}_backward", _fake_backward, _library.refuse)
 
 
@@ -352,9 +373,7 @@ register(
     Operator(
         name=_NAME,
         function=cross_similarity,
-        implementations=implementations(
-            _NAME, cpp=_library.compiled(_NAME), triton=_triton, reference=_reference
-        ),
+        implementations=implementations(_NAME, cpp=_cpp, triton=_triton, reference=_reference),
         samples=_samples,
         cost=_cost,
         workloads=_workloads,

@@ -1,0 +1,143 @@
+// Both sides of some images of cross_similarity, made ready for its kernels.
+#pragma once
+
+#include <algorithm>
+#include <optional>
+
+#include "cross_similarity_rows.cuh"
+#include "tensor_cores.cuh"
+
+namespace cisc::cross_similarity {
+namespace {
+
+constexpr int64_t kPackedBytes = 256 << 20;  // of rows of several images
+
+// How both sides are packed for tensor cores.
+struct Packing {
+  Form form;
+  Float kind;  // of the rows' numbers
+  RowShape shape;
+
+  static Packing of(const Inputs& in) {
+    const Float query = float_kind(in.query.scalar_type()), guide = float_kind(in.guide.scalar_type());
+    const bool alike = query == guide && query != Float::f32;
+    const Form form = alike ? Form::exact : in.settings.rounded ? Form::rounded : Form::split;
+    return {form, alike ? query : Float::f16, RowShape::of(in.channels(), form)};
+  }
+
+  Matrix matrix() const { return kind == Float::bf16 ? Matrix::bf16 : Matrix::f16; }
+};
+
+// Host: workspace of a few images at a time, both sides measured and sorted, and packed where asked for.
+class Pairs {
+ public:
+  Pairs(const Gpu& gpu, const Inputs& in, std::optional<Packing> packing = {})
+      : gpu_(gpu),
+        in_(in),
+        packing_(packing),
+        query_(side_of(in.query, in.query_labels)),
+        guide_(side_of(in.guide, in.guide_labels)) {
+    at_once_ = std::clamp<int64_t>(kImageBytes / std::max<int64_t>(words(1) * 4, 1), 1,
+                                   std::max<int64_t>(in.batch(), 1));
+    if (packing_)
+      at_once_ = std::clamp<int64_t>(kPackedBytes / std::max<int64_t>(numbers(1) * 2, 1), 1, at_once_);
+    workspace_ = device_empty(in.query, {words(at_once_)}, ScalarType::Int);
+    if (packing_) packed_ = device_empty(in.query, {numbers(at_once_)}, ScalarType::Half);
+    classes_ = {own() ? Classes{} : classes_of(*in.classes), own()};
+  }
+
+  const Side& query() const { return query_; }
+  const Side& guide() const { return guide_; }
+  const SlotClasses& classes() const { return classes_; }
+  const Rows& query_rows() const { return query_rows_; }
+  const Rows& guide_rows() const { return guide_rows_; }
+
+  // f(images), with the sides of so many ready
+  template <typename Function>
+  void each(const Function& f) {
+    for (int64_t b = 0; b < in_.batch(); b += at_once_) {
+      const int64_t images = std::min(at_once_, in_.batch() - b);
+      prepare(b, images);
+      f(images);
+    }
+  }
+
+ private:
+  bool own() const { return !in_.classes.has_value(); }
+
+  static Side side_of(const Tensor& features, const MaybeTensor& labels) {
+    Side side{};
+    side.image = read_image(features);
+    side.channels = features.size(1);
+    side.height = features.size(2);
+    side.width = std::max<int64_t>(features.size(3), 1);
+    side.pixels = features.size(2) * features.size(3);
+    if (!labels) return side;
+    side.labels = read_labels(*labels);
+    side.label_height = labels->size(1);
+    side.label_width = labels->size(2);
+    return side;
+  }
+
+  // Of workspace, for so many images.
+  int64_t words(int64_t images) const {
+    const auto of = [&](const Side& side, bool sorted) {
+      const int64_t sorting = side.pixels + class_sort::chunks_of(side.pixels) * kBins + kBins + 1;
+      const int64_t scales = packing_ ? images * side.pixels + kScalePad : 0;
+      return images * (3 * side.pixels + (sorted ? sorting : 0)) + scales;
+    };
+    return of(query_, own()) + of(guide_, true);
+  }
+
+  // Of packed rows, for so many images.
+  int64_t numbers(int64_t images) const {
+    return images * (query_.pixels + guide_.pixels) * packing_->shape.width();
+  }
+
+  void prepare(int64_t b, int64_t images) {
+    int32_t* next = data_of<int32_t>(workspace_);
+    uint16_t* packed = packing_ ? data_of<uint16_t>(*packed_) : nullptr;
+    const auto take = [&](int64_t count) {
+      int32_t* taken = next;
+      next += count;
+      return taken;
+    };
+    const auto ready = [&](Side& side, Rows& rows, bool sorted) {
+      side.first = b;
+      const int64_t pixels = images * side.pixels;
+      side.scale = reinterpret_cast<float*>(take(pixels));
+      side.rest = reinterpret_cast<float*>(take(pixels));
+      side.low = reinterpret_cast<float*>(take(pixels));
+      if (sorted) {
+        side.order = take(pixels);
+        side.starts = take(images * (kBins + 1));
+        int32_t* counts = take(images * class_sort::chunks_of(side.pixels) * kBins);
+        const LabelBins bins{side, &side == &query_, in_.settings.ignore_index};
+        sort_items(gpu_, bins, images, side.pixels, counts, side.order, side.starts);
+      }
+      if (!packing_) {
+        gpu_.launch(measure_kernel, ceil_div(pixels, kThreads), kThreads, 0, side, images, in_.settings.eps);
+        return;
+      }
+      rows = {packed, reinterpret_cast<float*>(take(pixels + kScalePad))};
+      packed += pixels * packing_->shape.width();
+      gpu_.launch(pack_kernel, images * ceil_div(side.pixels, kTile), kThreads, 0, side, packing_->form,
+                  packing_->kind, packing_->shape, in_.settings.eps, rows);
+    };
+    ready(query_, query_rows_, own());
+    ready(guide_, guide_rows_, true);
+  }
+
+  const Gpu& gpu_;
+  const Inputs& in_;
+  std::optional<Packing> packing_;
+  Side query_, guide_;
+  Rows query_rows_{}, guide_rows_{};
+  SlotClasses classes_{};
+  int64_t at_once_ = 1;
+  Tensor workspace_;
+  std::optional<Tensor> packed_;
+};
+
+}  // namespace
+}  // namespace cisc::cross_similarity
