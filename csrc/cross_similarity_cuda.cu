@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(kCombineThreads) combine_kernel(Kernel p) {
     }
     if (reduction == Reduction::mean) value = static_cast<float>(state.weighted / state.total);
     if (reduction == Reduction::softmax) {
-      value = state.mean(static_cast<double>(p.steepness), &p.log_totals[place]);
+      value = state.mean(1.0, static_cast<double>(p.steepness), &p.log_totals[place]);
     }
   }
   p.similarity[place] = value;
@@ -471,7 +471,8 @@ std::tuple<Tensor, Tensor, Tensor> cuda_forward(const Tensor& query, const Tenso
   if (similarity.numel() == 0) return {similarity, index, saved};
   const bool mean = settings.reduction == Reduction::mean, means = mean && MeanTables::serve(in);
   // Of "mean" by tables all pairs are met for the index alone.
-  const bool sweeps = gpu.capability() >= Sweeps::kOldest && (!mean || (means && indexed));
+  const bool sweeps =
+      gpu.capability() >= Sweeps::kOldest && in.guide_pixels() > 0 && (!mean || (means && indexed));
   const auto packing = sweeps ? std::optional<Packing>(Packing::of(in)) : std::nullopt;
   Pairs pairs(gpu, in, packing);
   if (sweeps) {

@@ -121,10 +121,13 @@ __global__ void __launch_bounds__(kFinishThreads) finish_kernel(Finish p) {
   const int64_t result = static_cast<int64_t>(unit) * sweep.splits * sweep.rows + row % sweep.rows;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   if (reduction == Reduction::topk) return finish_topk(p, result, item.image, position, place, row);
-  const auto steepness = static_cast<double>(sweep.steepness);
+  const auto scale =
+      static_cast<double>(sweep.query_scale[static_cast<int64_t>(item.image) * p.query.pixels + position]);
+  const double steepness = static_cast<double>(sweep.steepness);
   State state = State::none();
   for (int32_t split = 0; split < sweep.splits; ++split) {
-    state.merge(sweep.states[result + split * static_cast<int64_t>(sweep.rows)], reduction, steepness);
+    state.merge(sweep.states[result + split * static_cast<int64_t>(sweep.rows)], reduction,
+                steepness * scale);
   }
   if (reduction == Reduction::max) {
     if (state.index < 0) return;
@@ -135,7 +138,7 @@ __global__ void __launch_bounds__(kFinishThreads) finish_kernel(Finish p) {
   } else {
     if (state.total == 0.0 || lane != 0) return;
     float log_total;
-    p.similarity[place] = state.mean(steepness, &log_total);
+    p.similarity[place] = state.mean(scale, steepness, &log_total);
     p.log_totals[place] = log_total;
   }
 }

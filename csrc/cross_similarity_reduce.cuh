@@ -317,11 +317,16 @@ struct TopK {
   bool meets_[kRowTiles][2];
 };
 
-// Weights relative to cosine 1, or, where those would leave float32's range, to the largest so far.
-template <int kRowTiles_, bool kMoves>
+// Weights relative to a cosine that no other of the thread's columns is far above. A row's numbers are
+// products with the guide's unit vectors; its own length is put in at the end.
+template <int kRowTiles_>
 struct Softmax {
   static constexpr int kRowTiles = kRowTiles_;
   static constexpr float kHidden = -1e30f;  // no weight, and finite, as 0 times it is to be 0
+  static constexpr float kLeast = -1e20f;   // products are above, hidden ones below
+  // More than the weights of a tile's columns in a thread, none above 1: seven bits, that arguments of exp2
+  // may lose.
+  static constexpr float kMost = 128.0f;
 
   __device__ explicit Softmax(const Sweep& sweep) : steepness_(sweep.steepness) {}
 
@@ -332,14 +337,16 @@ struct Softmax {
       CISC_UNROLL
       for (int half = 0; half < 2; ++half) {
         total_[m][half] = weighted_[m][half] = {};
-        top_[m][half] = kMoves ? -kInfinity : 1.0f;
-        scale_[m][half] = 0.0f;
+        top_[m][half] = -kInfinity;
+        slope_[m][half] = 0.0f;
       }
     }
   }
 
   // scale: times which the row is a unit vector
-  __device__ __forceinline__ void scale(int m, int half, float scale) { scale_[m][half] = scale; }
+  __device__ __forceinline__ void scale(int m, int half, float scale) {
+    slope_[m][half] = scale * steepness_;
+  }
 
   __device__ __forceinline__ void segment(int32_t first, int32_t behind) {
     CISC_UNROLL
@@ -355,36 +362,39 @@ struct Softmax {
   template <int kSums>
   __device__ __forceinline__ void tile(float (&sums)[kRowTiles][kSums], const float* scales, int32_t,
                                        int columns) {
+    static_assert(kSums / 2 < static_cast<int>(kMost), "the weights of a tile");
     if (columns < kSums * 2) hide_columns<kRowTiles>(place_.column(), columns, kHidden, sums);
-    if constexpr (kMoves) raise(scales, sums);
-    float totals[kRowTiles][2] = {}, weighteds[kRowTiles][2] = {};
     each_strip<kSums>(place_.column(), scales, [&](int strip, int, const Scales& scale) {
+      CISC_UNROLL
+      for (int i = 0; i < 16; ++i) {
+        CISC_UNROLL
+        for (int m = 0; m < kRowTiles; ++m) sums[m][strip * 16 + i] *= scale.at[i / 4 * 2 + i % 2];
+      }
+    });
+    // Once, but where the top is raised: with a row's first tile, and now and then.
+    CISC_ROLL
+    for (;;) {
+      float totals[kRowTiles][2], weighteds[kRowTiles][2];
+      bool far = false;
       CISC_UNROLL
       for (int m = 0; m < kRowTiles; ++m) {
         CISC_UNROLL
         for (int half = 0; half < 2; ++half) {
-          float total = 0.0f, weighted = 0.0f;
-          CISC_UNROLL
-          for (int i = 0; i < kStrip; ++i) {
-            const float sum = sums[m][strip * 16 + i / 2 * 4 + half * 2 + i % 2];
-            const float product = kMoves ? sum : sum * scale.at[i];
-            const float above = above_top(product, m, half);
-            const float weight = fast_exp2(above * steepness_);
-            total += weight;
-            weighted = fmaf(weight, above, weighted);
-          }
-          totals[m][half] += total;
-          weighteds[m][half] += weighted;
+          weigh(sums[m], half, m, totals[m][half], weighteds[m][half]);
+          far = far || (meets_[m][half] && (totals[m][half] > kMost || top_[m][half] == -kInfinity));
         }
       }
-    });
-    CISC_UNROLL
-    for (int m = 0; m < kRowTiles; ++m) {
-      CISC_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        if (!meets_[m][half]) continue;
-        total_[m][half].add(totals[m][half]);
-        weighted_[m][half].add(weighteds[m][half]);
+      if (!far || !raise(sums)) {
+        CISC_UNROLL
+        for (int m = 0; m < kRowTiles; ++m) {
+          CISC_UNROLL
+          for (int half = 0; half < 2; ++half) {
+            if (!meets_[m][half]) continue;
+            total_[m][half].add(totals[m][half]);
+            weighted_[m][half].add(weighteds[m][half]);
+          }
+        }
+        return;
       }
     }
   }
@@ -405,7 +415,7 @@ struct Softmax {
           other.top = __shfl_xor_sync(kAll, state.top, bits);
           other.total = __shfl_xor_sync(kAll, state.total, bits);
           other.weighted = __shfl_xor_sync(kAll, state.weighted, bits);
-          state.merge(other, Reduction::softmax, static_cast<double>(steepness_));
+          state.merge(other, Reduction::softmax, static_cast<double>(slope_[m][half]));
         }
         if (place_.lane % 4 == 0) write(m, half, state);
       }
@@ -413,56 +423,57 @@ struct Softmax {
   }
 
  private:
-  // A cosine, relative to the top. The largest must be 0 above itself, as the steepness may be huge.
-  __device__ __forceinline__ float above_top(float product, int m, int half) const {
-    if constexpr (!kMoves) return fmaf(product, scale_[m][half], -1.0f);
-    return product * scale_[m][half] - (top_[m][half] > -kInfinity ? top_[m][half] : 0.0f);
+  // Weights of a row's columns in the tile.
+  template <int kSums>
+  __device__ __forceinline__ void weigh(const float (&sums)[kSums], int half, int m,
+                                        // outputs
+                                        float& total, float& weighted) const {
+    const float top = top_[m][half] > -kInfinity ? top_[m][half] : 0.0f;
+    total = weighted = 0.0f;
+    CISC_UNROLL
+    for (int first = 0; first < kSums; first += 16) {
+      float sum = 0.0f, of_strip = 0.0f;
+      CISC_UNROLL
+      for (int i = 0; i < kStrip; ++i) {
+        // The largest is 0 above itself: the slope may be huge.
+        const float above = sums[first + i / 2 * 4 + half * 2 + i % 2] - top;
+        const float weight = fast_exp2(above * slope_[m][half]);
+        sum += weight;
+        of_strip = fmaf(weight, above, of_strip);
+      }
+      total += sum;
+      weighted += of_strip;
+    }
   }
 
-  // Scale the tile, and make sums relative to the largest cosine that the thread has met, of those that the
-  // row is compared with.
+  // Make the weights of rows relative to the largest product that there is now; whether one is larger.
   template <int kSums>
-  __device__ __forceinline__ void raise(const float* scales,
-                                        // outputs
-                                        float (&sums)[kRowTiles][kSums]) {
-    float most[kRowTiles][2];
-    CISC_UNROLL
-    for (int m = 0; m < kRowTiles; ++m) most[m][0] = most[m][1] = -kInfinity;
-    each_strip<kSums>(place_.column(), scales, [&](int strip, int, const Scales& scale) {
-      CISC_UNROLL
-      for (int m = 0; m < kRowTiles; ++m) {
-        CISC_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          CISC_UNROLL
-          for (int i = 0; i < kStrip; ++i) {
-            float& sum = sums[m][strip * 16 + i / 2 * 4 + half * 2 + i % 2];
-            sum *= scale.at[i];
-            most[m][half] = ::fmaxf(most[m][half], sum);
-          }
-        }
-      }
-    });
+  __device__ __forceinline__ bool raise(const float (&sums)[kRowTiles][kSums]) {
+    bool raised = false;
     CISC_UNROLL
     for (int m = 0; m < kRowTiles; ++m) {
       CISC_UNROLL
       for (int half = 0; half < 2; ++half) {
-        const float to = most[m][half] * scale_[m][half], by = top_[m][half] - to;
-        // Hidden columns alone are no cosines.
-        if (!meets_[m][half] || !(to > top_[m][half]) || to < -2.0f) continue;
+        float to = -kInfinity;
+        CISC_UNROLL
+        for (int i = 0; i < kSums / 2; ++i) to = ::fmaxf(to, sums[m][i / 2 * 4 + half * 2 + i % 2]);
+        if (!meets_[m][half] || !(to > top_[m][half]) || to < kLeast) continue;
         if (top_[m][half] > -kInfinity) {
-          const float factor = fast_exp2(by * steepness_);
+          const float by = top_[m][half] - to, factor = fast_exp2(by * slope_[m][half]);
           weighted_[m][half].shift(factor, by, total_[m][half]);
           total_[m][half].shift(factor, 0.0f, {});
         }
         top_[m][half] = to;
+        raised = true;
       }
     }
+    return raised;
   }
 
   Place place_;
   float steepness_;
   Sum total_[kRowTiles][2], weighted_[kRowTiles][2];
-  float top_[kRowTiles][2], scale_[kRowTiles][2];
+  float top_[kRowTiles][2], slope_[kRowTiles][2];  // slope: of the exponent, in a product
   bool meets_[kRowTiles][2];
 };
 
@@ -501,9 +512,9 @@ __device__ __forceinline__ void prepare(const Sweep& p, const Group& group, cons
   });
 }
 
-template <int kRowTiles, bool kMoves>
+template <int kRowTiles>
 __device__ __forceinline__ void prepare(const Sweep& p, const Group& group, const Place& place,
-                                        Softmax<kRowTiles, kMoves>& reducer) {
+                                        Softmax<kRowTiles>& reducer) {
   each_row<kRowTiles>(place, [&](int m, int half, int32_t position) {
     const bool inside = position < p.query_pixels;
     reducer.scale(

@@ -12,9 +12,6 @@ using Long = BlockShape<1, 256, 2, true>;       // 128 query rows of up to 512 n
 using Streamed = BlockShape<1, 256, 2, false>;  // any rows
 
 constexpr int kFewestStages = 3;
-// Weights relative to cosine 1 stay in float32's normal range up to this steepness.
-constexpr float kSteepest = 62.0f;
-
 template <typename S>
 bool fits(const RowShape& shape) {
   return Layout<S>::of(shape).stages >= kFewestStages;
@@ -26,9 +23,7 @@ void sweep_by(const Gpu& gpu, const Sweep& sweep) {
     case Reduction::max:
       return launch<S, type, reduce::Max<S::kRowTiles, false>>(gpu, sweep);
     case Reduction::softmax:
-      if (sweep.steepness <= kSteepest)
-        return launch<S, type, reduce::Softmax<S::kRowTiles, false>>(gpu, sweep);
-      return launch<S, type, reduce::Softmax<S::kRowTiles, true>>(gpu, sweep);
+      return launch<S, type, reduce::Softmax<S::kRowTiles>>(gpu, sweep);
     default:
       if constexpr (S::kRowTiles == 1) launch<S, type, reduce::TopK<1>>(gpu, sweep);
   }

@@ -40,7 +40,7 @@ struct Sum {
 struct State {
   float best;
   int32_t index;  // of the best, or -1; of "topk", how many winners there are
-  float top;      // of "softmax", the cosine that weights are relative to
+  float top;      // of "softmax", the cosine that weights are relative to, but for the query's length
   int32_t unused;
   double total;     // "softmax": sum of weights 2^((cosine - top) * steepness); "mean": number of cosines
   double weighted;  // "softmax": sum of weight * (cosine - top); "mean": sum of the cosines
@@ -87,15 +87,15 @@ struct State {
     weighted += b.weighted;
   }
 
-  // Of "softmax": the value, and log2 of the sum over j of 2^((cosine_j - value) * steepness).
-  __device__ float mean(double steepness,
+  // Of "softmax", where cosines are `scale` times what this holds: the value, and log2 of the sum over j of
+  // 2^((cosine_j - value) * steepness).
+  __device__ float mean(double scale, double steepness,
                         // outputs
                         float* log_total) const {
-    const double value = static_cast<double>(top) + weighted / total;
-    *log_total = static_cast<float>(
-        ::log2(total) +
-        (static_cast<double>(top) - static_cast<double>(static_cast<float>(value))) * steepness);
-    return static_cast<float>(value);
+    const auto value = static_cast<float>((static_cast<double>(top) + weighted / total) * scale);
+    const double above = static_cast<double>(top) * scale - static_cast<double>(value);
+    *log_total = static_cast<float>(::log2(total) + above * steepness);
+    return value;
   }
 };
 

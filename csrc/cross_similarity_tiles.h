@@ -29,17 +29,17 @@ struct RowShape {
   CISC_HD int32_t all_chunks() const { return split ? 2 * chunks : chunks; }
   CISC_HD int64_t width() const { return static_cast<int64_t>(all_chunks()) * kChunk16; }
 
-  // Steps of a product. The smallest come first: rounded times rest, rest times rounded, rounded times
-  // rounded.
-  CISC_HD int32_t steps() const { return split ? 3 * chunks : chunks; }
+  // Steps of a product, the smallest first: rest times rest, where few channels leave errors no room to even
+  // out; rounded times rest; rest times rounded; rounded times rounded.
+  CISC_HD int32_t passes() const { return !split ? 1 : chunks == 1 ? 4 : 3; }
+  CISC_HD int32_t steps() const { return passes() * chunks; }
   CISC_HD int32_t query_chunk(int32_t step) const {
-    return step < chunks ? step : step < 2 * chunks ? step : step - 2 * chunks;
+    const int32_t left = passes() - step / chunks;  // passes, with this one
+    return step % chunks + (left == 4 || left == 2 ? chunks : 0);
   }
   CISC_HD int32_t guide_chunk(int32_t step) const {
-    return !split              ? step
-           : step < chunks     ? step + chunks
-           : step < 2 * chunks ? step - chunks
-                               : step - 2 * chunks;
+    const int32_t left = passes() - step / chunks;
+    return step % chunks + (left >= 3 ? chunks : 0);
   }
 };
 
