@@ -207,6 +207,11 @@ __device__ __forceinline__ void copy_tile_to(uint16_t ranks, const TensorMap* ma
       : "memory");
 }
 
+// What this thread has written to shared memory becomes known to products, once a barrier has followed.
+__device__ __forceinline__ void shared_written() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
 __device__ __forceinline__ void prefetch_map(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }

@@ -213,14 +213,9 @@ __global__ void warp_tile(const uint16_t* a, const uint16_t* b, const std::strin
   const int lane = threadIdx.x;
   copy_16(b + lane * 8, true, place(lane / 2, lane % 2 * 16));
   copies_commit();
-  if (broken != "no_copies_wait") {
-    if (broken == "too_few_copies_waited") {
-      copies_wait<1>();
-    } else {
-      copies_wait<0>();
-    }
-  }
-  if (broken != "no_warp_sync") __syncwarp();
+  if (broken == "too_few_copies_waited") copies_wait<1>();
+  if (broken.empty()) copies_wait<0>();
+  __syncwarp();
   uint32_t first[4], second[4];
   for (int i = 0; i < 8; ++i) {
     const uint32_t bits = a[fragments::row(lane, i) * 16 + fragments::column(lane, i)];
@@ -232,6 +227,7 @@ __global__ void warp_tile(const uint16_t* a, const uint16_t* b, const std::strin
   } else {
     load_matrices(place(matrix / 2 * 8 + row, matrix % 2 * 16), second);
   }
+  if (broken == "waits_after_reading") copies_wait<0>();
   float sums[2][4] = {};
   for (int j = 0; j < 2; ++j) {
     multiply_16x8<type>(first, {second[2 * j], second[2 * j + 1]}, sums[j]);
@@ -354,6 +350,7 @@ __global__ void registers(const std::string& broken, float* to) {
   CISC_DYNAMIC_SHARED(memory);
   auto* const halves = reinterpret_cast<uint16_t*>(memory);
   for (int i = threadIdx.x; i < 64 * 64; i += kWarpGroup) halves[i] = Float16::narrow(1.0f).bits;
+  if (broken != "not_told") shared_written();
   __syncthreads();
   const uint32_t ones = 0x3c003c00;
   uint32_t a[4] = {ones, ones, ones, ones};
