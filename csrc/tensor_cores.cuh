@@ -19,6 +19,14 @@
 #define CISC_HOPPER 1  // this pass of the compiler makes code of sm_90a
 #endif
 
+// Of a kernel: its blocks run in clusters of so many. Chips before sm_90 have none, and their passes refuse
+// the attribute.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define CISC_CLUSTERS(blocks)
+#else
+#define CISC_CLUSTERS(blocks) __cluster_dims__(blocks, 1, 1)
+#endif
+
 namespace cisc {
 
 constexpr int kWarpGroup = 128;                 // threads that multiply together on sm_90a

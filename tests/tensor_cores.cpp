@@ -260,7 +260,7 @@ struct Pipeline {
 };
 
 // Each block has rows of a, and brings half of the rows of b to both.
-__global__ void pipeline(const __grid_constant__ Pipeline p, const std::string& broken) {
+__global__ void CISC_CLUSTERS(2) pipeline(const __grid_constant__ Pipeline p, const std::string& broken) {
   CISC_DYNAMIC_SHARED(memory);
   auto* const full = reinterpret_cast<Barrier*>(memory + kStages * kTileBytes);
   Barrier* const empty = full + kStages;
