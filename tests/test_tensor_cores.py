@@ -18,8 +18,8 @@ TIMES = ("late", "early", "mixed")
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     include = Path(torch.__file__).parent / "include"
-    flags = ("-DCISC_SIMT", "-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000")
-    flags += ("-isystem", str(include), "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas", "-Wno-psabi")
+    stable = ("-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(include))
+    flags = ("-DCISC_SIMT", *stable, "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas", "-Wno-psabi")
     to = tmp_path_factory.mktemp("tensor_cores") / "main"
     return compile_program(to, TESTS / "tensor_cores.cpp", *sorted(SIMT.glob("*.cpp")), flags=flags)
 
