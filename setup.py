@@ -293,7 +293,7 @@ class Builder:
 
     def simt_jobs(self) -> list[Job]:
         """The objects of the CUDA sources as C++."""
-        flags = [*self.flags, *self.against_torch, "-DCISC_SIMT", "-Wno-unknown-pragmas"]
+        flags = [*self.flags, *self.against_torch, "-DCISC_SIMT", "-Wno-unknown-pragmas", "-Wno-psabi"]
         flags += ["-I", str(CSRC), "-I", str(SIMT)]
         # longjmp goes from one stack to another
         flags += ["-U_FORTIFY_SOURCE", "-mf16c"] if os.uname().machine == "x86_64" else ["-U_FORTIFY_SOURCE"]

@@ -19,6 +19,14 @@
 #define CISC_HOPPER 1  // this pass of the compiler makes code of sm_90a
 #endif
 
+// Of a kernel: its blocks run in clusters of so many. Chips before sm_90 have none, and their passes refuse
+// the attribute.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define CISC_CLUSTERS(blocks)
+#else
+#define CISC_CLUSTERS(blocks) __cluster_dims__(blocks, 1, 1)
+#endif
+
 namespace cisc {
 
 constexpr int kWarpGroup = 128;                 // threads that multiply together on sm_90a
@@ -205,6 +213,11 @@ __device__ __forceinline__ void copy_tile_to(uint16_t ranks, const TensorMap* ma
       "[%0], [%1, {%4, %5}], [%2], %3;" ::"r"(shared_address(shared)),
       "l"(map), "r"(shared_address(barrier)), "h"(ranks), "r"(column), "r"(row)
       : "memory");
+}
+
+// What this thread has written to shared memory becomes known to products, once a barrier has followed.
+__device__ __forceinline__ void shared_written() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 __device__ __forceinline__ void prefetch_map(const TensorMap* map) {

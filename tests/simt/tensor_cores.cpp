@@ -121,6 +121,14 @@ std::vector<std::array<Meeting, 16>> meetings;
 std::vector<std::array<Lanes, 2>> lanes;
 std::vector<int> spare_registers;  // of each block
 
+// Shared memory as copies and products know it, and whether threads have told of what they have written
+// since.
+struct Known {
+  std::vector<unsigned char> bytes;
+  bool behind = false;
+};
+std::vector<Known> known;  // of each block
+
 void want_chip(int least) {
   if (chip_now < least) stop("the chip " + std::to_string(chip_now) + " does not have this instruction");
 }
@@ -171,13 +179,14 @@ void arrive(uint64_t* barrier, int64_t bytes) {
 struct PhaseOver : Condition {
   const uint64_t* barrier;
   uint32_t parity;
-  PhaseOver(const uint64_t* b, uint32_t p) : barrier(b), parity(p) {}
+  int64_t place;
+  PhaseOver(const uint64_t* b, uint32_t p)
+      : barrier(b), parity(p), place(reinterpret_cast<const unsigned char*>(b) - dynamic_shared()) {}
   bool holds() const override { return state_of(barrier).parity != parity; }
   std::string what() const override {
     const State state = state_of(barrier);
-    const int64_t place = reinterpret_cast<const unsigned char*>(barrier) - dynamic_shared();
-    return "parity " + std::to_string(parity) + " of a barrier (about byte " + std::to_string(place) +
-           " of shared memory) that lacks " + std::to_string(state.pending) + " arrivals and " +
+    return "parity " + std::to_string(parity) + " of the barrier at byte " + std::to_string(place) +
+           " of shared memory, which lacks " + std::to_string(state.pending) + " arrivals and " +
            std::to_string(state.bytes) + " bytes";
   }
 };
@@ -222,6 +231,8 @@ void carry_out(const TileCopy& copy) {
       std::memcpy(memory + swizzled(address) - kSharedStart, row + chunk, 16);
     }
   }
+  unsigned char* const bytes = known[static_cast<size_t>(copy.to.rank)].bytes.data();
+  std::copy(memory + copy.to.first, memory + copy.to.end, bytes + copy.to.first);
   auto* const barrier = reinterpret_cast<uint64_t*>(memory + copy.barrier);
   State state = state_of(barrier);
   state.bytes -= copy.to.end - copy.to.first;
@@ -415,12 +426,25 @@ Kept& kept_of(int thread, const uint32_t* sums) {
   return all.emplace_back();
 }
 
+void check_known(const std::vector<Range>& reads) {
+  for (const Range& range : reads) {
+    const unsigned char* const memory = dynamic_shared(range.rank);
+    Known& here = known[static_cast<size_t>(range.rank)];
+    if (here.behind) here.bytes.assign(memory, memory + dynamic_bytes());
+    here.behind = false;
+    if (!std::equal(memory + range.first, memory + range.end, here.bytes.data() + range.first)) {
+      stop("shared_written is missing: products do not know of what threads have written");
+    }
+  }
+}
+
 void carry_out(int group, const Asked& asked) {
   static std::vector<uint32_t> a, b, sums;
   static std::vector<double> first, second, exact;
   const Product& product = asked.product;
   const int first_thread = group * kGroup, columns = product.columns, depth = depth_of(product.type);
   const unsigned char* const memory = dynamic_shared(first_thread / block_threads());
+  check_known(asked.reads);
   first_factor(asked, memory, a);
   second_factor(product, memory, b);
   sums.assign(static_cast<size_t>(kRows * columns), 0);
@@ -507,6 +531,11 @@ void start() {
   lanes.resize(blocks * threads / kWarp);
   const int each = std::min(kRegisters / block_threads() / 8 * 8, 248);
   for (WarpGroup& group : groups) group.registers = each;
+  known.resize(blocks);
+  for (Known& one : known) {
+    one.bytes.assign(static_cast<size_t>(dynamic_bytes()), 0xff);
+    one.behind = false;
+  }
   spare_registers.assign(blocks, kRegisters - each * block_threads());
 }
 
@@ -722,7 +751,7 @@ void copy_tile(uint32_t ranks, const TileMap* map, int64_t column, int64_t row, 
     }
     if (mode.late_copies) {
       tiles.push_back(copy);
-      std::memset(dynamic_shared(rank) + own.first, 0xff, static_cast<size_t>(own.end - own.first));
+      std::fill(dynamic_shared(rank) + own.first, dynamic_shared(rank) + own.end, 0xff);
     } else {
       carry_out(copy);
     }
@@ -786,6 +815,7 @@ void set_registers(int count, bool more) {
 }
 
 void meet(int number, int threads, bool waits) {
+  want_chip(90);
   if (number < 1 || number > 15) stop("barriers of warps are numbered from 1 to 15");
   if (threads < kWarp || threads % kWarp != 0 || threads > block_threads()) stop("a barrier of whole warps");
   Meeting& meeting = meetings[static_cast<size_t>(block_rank())][static_cast<size_t>(number)];
@@ -807,6 +837,11 @@ void meet(int number, int threads, bool waits) {
     meeting.who = {};
   }
   if (waits) wait_until(met);
+}
+
+void shared_written() {
+  want_chip(90);
+  known[static_cast<size_t>(block_rank())].behind = true;
 }
 
 void products_begin() {
