@@ -51,6 +51,10 @@ struct Layout {
     return {chunks, static_cast<int32_t>(fit < kMostStages ? fit : kMostStages)};
   }
 
+  // Whether the groups take turns: one goes through a tile's steps before the other begins, so that the
+  // stages must hold them.
+  CISC_HD bool in_turn(int32_t steps) const { return S::kInTurn && steps <= stages; }
+
   CISC_HD int64_t query(int32_t chunk) const { return static_cast<int64_t>(chunk) * S::kQueryBytes; }
   CISC_HD int64_t stage(int32_t number) const {
     return query(query_chunks) + static_cast<int64_t>(number) * S::kStageBytes;
@@ -146,7 +150,8 @@ __device__ __forceinline__ void multiply(const RowShape& shape, const Layout<S>&
   constexpr uint64_t kTile = 64 * kChunkBytes >> 4, kSixteen = 32 >> 4;  // as descriptors count
   const int32_t steps = shape.steps();
   int32_t previous = 0;
-  if constexpr (S::kInTurn) meet(kTurn + group, kGroups * kWarpGroup);
+  const bool in_turn = layout.in_turn(steps);
+  if (in_turn) meet(kTurn + group, kGroups * kWarpGroup);
 #pragma unroll 1
   for (int32_t step = 0; step < steps; ++step) {
     barrier_wait(&barriers->full[ring.stage], ring.parity);
@@ -172,7 +177,7 @@ __device__ __forceinline__ void multiply(const RowShape& shape, const Layout<S>&
     previous = ring.stage;
     ring.next(layout.stages);
   }
-  if constexpr (S::kInTurn) meet_without_waiting(kTurn + 1 - group, kGroups * kWarpGroup);
+  if (in_turn) meet_without_waiting(kTurn + 1 - group, kGroups * kWarpGroup);
   products_wait<0>();
 #pragma unroll
   for (int m = 0; m < S::kRowTiles; ++m) hold(sums[m]);
@@ -192,7 +197,8 @@ __device__ __forceinline__ void reduce_all(const Parameters& parameters, const L
       static_cast<int>(rank) * S::kRows + group * S::kRowTiles * 64 + fragments::first_row(warp);
   Reducer reducer(p);
   Ring ring, queries;
-  if (S::kInTurn && group == 1) meet_without_waiting(kTurn, kGroups * kWarpGroup);
+  const bool in_turn = layout.in_turn(p.shape.steps());
+  if (in_turn && group == 1) meet_without_waiting(kTurn, kGroups * kWarpGroup);
   for (auto number = static_cast<int32_t>(blockIdx.x) / S::kCluster; number < items; number += clusters) {
     const auto item = Item<S::kColumns>::of(p, number);
     const reduce::Group rows{item.image, item.unit, item.split, item.first};
@@ -221,7 +227,7 @@ __device__ __forceinline__ void reduce_all(const Parameters& parameters, const L
     reduce::finish(p, rows, place, reducer);
   }
   // The other group's last turn has no taker.
-  if (S::kInTurn && group == 0) meet(kTurn, kGroups * kWarpGroup);
+  if (in_turn && group == 0) meet(kTurn, kGroups * kWarpGroup);
 }
 
 #endif  // CISC_HOPPER
