@@ -206,7 +206,6 @@ _triton_backward = opaque_op(f"{_NAME}_triton_backward", _BACKWARD_SCHEMA, _fake
 _triton.register_autograd(_backward_by(_triton_backward), setup_context=_save)
 
 
-
 @torch.compiler.assume_constant_result
 def _rounded() -> bool:
     """Whether unit vectors of float32 may be rounded to float16."""
