@@ -16,6 +16,7 @@ constexpr int kShareBytes = kGroupColumns * kChunkBytes;               // of a c
 constexpr int kPieces = kChunkBytes / 16;                              // that cp.async copies
 constexpr int kFewestStages = 2, kMostStages = 4;
 constexpr int kAlignment = kChunkBytes;
+constexpr int64_t kReserved = 256;  // bytes of shared memory beside those that a launch asks for
 constexpr int kMeet = 1;  // the first of the named barriers: of the block, and behind it of each group
 
 // kRowTiles: of 16 query rows, for each warp
@@ -32,7 +33,8 @@ struct Layout {
     layout.query_chunks = resident ? shape.all_chunks() : 0;
     layout.query_bytes = rows * kChunkBytes;
     layout.stage_bytes = kGroups * kShareBytes + (resident ? 0 : layout.query_bytes);
-    const int64_t left = memory - kAlignment - static_cast<int64_t>(layout.query_chunks) * layout.query_bytes;
+    const int64_t left =
+        memory - kReserved - kAlignment - static_cast<int64_t>(layout.query_chunks) * layout.query_bytes;
     const int64_t fit = left > 0 ? left / layout.stage_bytes : 0;
     layout.stages = static_cast<int32_t>(fit < kMostStages ? fit : kMostStages);
     return layout;
@@ -53,6 +55,23 @@ struct Parameters {
 __device__ __forceinline__ unsigned char* tiles_in(unsigned char* memory) {
   return memory + (kAlignment - shared_address(memory) % kAlignment) % kAlignment;
 }
+
+// What the block's walk has come to, in shared memory: in registers of each thread it would displace others.
+struct Ahead {
+  alignas(Walk) unsigned char bytes[sizeof(Walk)];
+  Segment segment;
+  bool any;
+
+  __device__ __forceinline__ Walk& walk() { return *reinterpret_cast<Walk*>(bytes); }
+
+  // Whether there is one more segment. All threads take part; the one that has set the walk goes on.
+  __device__ __forceinline__ bool next(bool goes) {
+    __syncthreads();
+    if (goes) any = walk().next(&segment);
+    __syncthreads();
+    return any;
+  }
+};
 
 // What the groups of a block leave of each row, and what is put together of it.
 template <typename Reducer>
@@ -94,14 +113,14 @@ struct Results<reduce::TopK<kRowTiles>> {
   // The best of two lists, each of which has its best first.
   __device__ __forceinline__ void write(const Sweep& p, int row, int64_t result) const {
     static_assert(kGroups == 2, "two lists");
-    int taken[kGroups] = {}, count = 0;
+    int left = 0, right = 0, count = 0;  // taken of each, and of both
     for (; count < kFoundAtOnce; ++count) {
-      const bool some = taken[0] < counts[0][row], others = taken[1] < counts[1][row];
+      const bool some = left < counts[0][row], others = right < counts[1][row];
       if (!some && !others) break;
-      const int group = !some || (others && winners[1][taken[1]][row] > winners[0][taken[0]][row]) ? 1 : 0;
-      p.winners[result * kFoundAtOnce + count] = winners[group][taken[group]][row];
-      taken[0] += group == 0 ? 1 : 0;
-      taken[1] += group == 1 ? 1 : 0;
+      const bool other = !some || (others && winners[1][right][row] > winners[0][left][row]);
+      p.winners[result * kFoundAtOnce + count] = other ? winners[1][right][row] : winners[0][left][row];
+      left += other ? 0 : 1;
+      right += other ? 1 : 0;
     }
     State state = State::none();
     state.index = count;
@@ -163,6 +182,7 @@ __device__ __forceinline__ void wait_for_stage(int32_t stages) {
   if (stages == 3) return copies_wait<1>();
   copies_wait<2>();
 }
+static_assert(sizeof(Ahead) <= kReserved);
 static_assert(kFewestStages == 2 && kMostStages == 4, "numbers of stages that are waited for");
 
 #endif
@@ -205,12 +225,14 @@ __global__ void __launch_bounds__(kThreads, 1) sweep_kernel(const __grid_constan
   const auto guide_lane =
       share + static_cast<uint32_t>(fragments::swizzled(lane % 8 + lane / 16 * 8, lane / 8 % 2 * 16));
 
-  Walk walk = item.walk(p);
-  Segment segment;
-  bool first = true;              // step of all
-  int32_t filled = 0, ready = 0;  // the stages that are brought next and multiplied next
-  while (walk.next(&segment)) {
+  CISC_SHARED(ahead, Ahead);
+  if (thread == 0) ahead.walk() = item.walk(p);
+  bool first = true;  // step of all
+  int32_t ready = 0;  // the stage that is multiplied next
+  while (ahead.next(thread == 0)) {
+    const Segment segment = ahead.segment;
     const int32_t tiles_here = segment.end_tile - segment.first_tile;
+    int32_t filled = ready;  // the stage that is brought next
     int32_t bring_tile = 0, bring_step = 0;
     // Bring a stage, or nothing behind the last one.
     const auto bring = [&] {
