@@ -309,7 +309,7 @@ void run_compare(const Gpu& gpu, Pairs& pairs, const Inputs& in, Kernel p) {
 
 // The functions of a chip's tensor cores.
 struct SweepsOfChip {
-  class_sort::Cut (*cut)(const RowShape&, Reduction) = nullptr;
+  class_sort::Cut (*cut)(const RowShape&, Matrix, Reduction) = nullptr;
   void (*sweep)(const Gpu&, const Sweep&) = nullptr;
 
   // Of this GPU, as far as the library has code for it.
@@ -332,7 +332,7 @@ class Sweeps {
   Sweeps(const Gpu& gpu, const Inputs& in, const Packing& packing, Reduction reduction)
       : gpu_(gpu), in_(in), chip_(SweepsOfChip::of(gpu)), packing_(packing), reduction_(reduction) {
     schedule_ = Schedule::of(in.batch(), in.slots(), in.query_pixels(), in.guide_pixels(),
-                             chip_.cut(packing.shape, reduction));
+                             chip_.cut(packing.shape, packing.matrix(), reduction));
     const bool topk = reduction == Reduction::topk;
     // A result of each split, and a bound for all of them.
     row_bytes_ = static_cast<int64_t>(sizeof(State)) + (topk ? 8 * kFoundAtOnce + 8 : 0);

@@ -61,7 +61,8 @@ const Variant* variant_of(const RowShape& shape, Matrix type, Reduction reductio
   for (const Variant& one : kVariants) {
     names += std::string(names.empty() ? "" : ", ") + one.name;
     if (std::strcmp(asked, one.name) != 0) continue;
-    const bool serves = one.reduction == reduction && type == Matrix::f16 && !shape.split && shape.chunks == 4;
+    const bool serves =
+        one.reduction == reduction && type == Matrix::f16 && !shape.split && shape.chunks == 4;
     return serves ? &one : nullptr;
   }
   fail("cross_similarity", "CISC_CROSS_VARIANT must be one of ", names, ", got ", asked);
@@ -95,7 +96,8 @@ class_sort::Cut cut_sm90(const RowShape& shape, Matrix type, Reduction reduction
 }
 
 void sweep_sm90(const Gpu& gpu, const Sweep& sweep) {
-  if (const Variant* one = variant_of(sweep.shape, sweep.type, sweep.reduction)) return one->sweep(gpu, sweep);
+  if (const Variant* one = variant_of(sweep.shape, sweep.type, sweep.reduction))
+    return one->sweep(gpu, sweep);
   with_shape(sweep.shape, sweep.reduction, [&](auto s) {
     using S = decltype(s);
     if (sweep.type == Matrix::bf16) return sweep_by<S, Matrix::bf16>(gpu, sweep);

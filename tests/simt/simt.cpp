@@ -258,13 +258,14 @@ int64_t multiprocessors() {
 int chip() {
   const char* asked = std::getenv("CISC_SIMT_CHIP");
   const int number = asked != nullptr ? std::atoi(asked) : 75;
-  if (number != 75 && number != 80 && number != 90) stop("CISC_SIMT_CHIP is 75, 80 or 90");
+  if (number != 75 && number != 80 && number != 89 && number != 90)
+    stop("CISC_SIMT_CHIP is 75, 80, 89 or 90");
   return number;
 }
 
 int64_t shared_limit() {
   const int number = chip();
-  return (number == 75 ? 64 : number == 80 ? 163 : 227) << 10;
+  return (number == 75 ? 64 : number == 80 ? 163 : number == 89 ? 99 : 227) << 10;
 }
 
 void launch(int64_t blocks, int threads, int64_t shared, const std::function<void()>& what, int cluster) {
