@@ -9,8 +9,6 @@ using namespace sm80;
 
 constexpr int kWide = 4, kNarrow = 2;   // row tiles of a warp: 256 or 128 query rows of a block
 constexpr int64_t kWantedBlocks = 216;  // units, two for each multiprocessor of a large GPU
-// Weights relative to cosine 1 stay in float32's normal range up to this steepness.
-constexpr float kSteepest = 62.0f;
 
 template <int kRowTiles>
 void sweep_by(const Gpu& gpu, const Sweep& sweep, const Layout& layout) {
@@ -18,8 +16,7 @@ void sweep_by(const Gpu& gpu, const Sweep& sweep, const Layout& layout) {
     case Reduction::max:
       return launch<reduce::Max<kRowTiles, false>>(gpu, sweep, layout);
     case Reduction::softmax:
-      if (sweep.steepness <= kSteepest) return launch<reduce::Softmax<kRowTiles, false>>(gpu, sweep, layout);
-      return launch<reduce::Softmax<kRowTiles, true>>(gpu, sweep, layout);
+      return launch<reduce::Softmax<kRowTiles>>(gpu, sweep, layout);
     default:
       if constexpr (kRowTiles == kNarrow) launch<reduce::TopK<kRowTiles>>(gpu, sweep, layout);
   }
