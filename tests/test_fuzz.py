@@ -52,7 +52,8 @@ def test_cases_under_sanitizers(tmp_path: Path) -> None:
 
 @sanitizers
 def test_simulated_cuda_kernels_under_sanitizers(tmp_path: Path) -> None:
-    assert set(_fuzz(tmp_path, SIMULATED, "--simt")["orders"]) == set(fuzz.ORDERS)
+    result = _fuzz(tmp_path, SIMULATED, "--simt")
+    assert set(result["orders"]) == set(fuzz.ORDERS) and set(result["chips"]) == set(fuzz.CHIPS)
 
 
 @pytest.mark.parametrize("name", sorted(OPERATORS))
