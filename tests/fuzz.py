@@ -7,8 +7,8 @@
 Builds csrc with CISC_SANITIZE=1 into build/sanitized and runs cases S .. S + N - 1 in processes that load it.
 A case is a pure function of its seed and the list of operators; the seed also chooses the instruction set
 (CISC_ISA). With --simt it is the CUDA kernels that run, simulated on the CPU (CISC_SIMT=1), and the seed
-chooses the order of a block's threads (CISC_SIMT_ORDER) instead, and the chip (CISC_SIMT_CHIP). Each failure is printed with its seed; a
-process that a sanitizer ends counts as one, and another goes on after it.
+chooses the order of a block's threads (CISC_SIMT_ORDER) instead, and the chip (CISC_SIMT_CHIP). Each failure
+is printed with its seed; a process that a sanitizer ends counts as one, and another goes on after it.
 Exit 0 if nothing failed, 1 otherwise.
 """
 

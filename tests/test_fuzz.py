@@ -22,7 +22,7 @@ from numerics import assert_equal
 from cisc_ext.ops.registry import OPERATORS, Call, Implementation
 
 ROOT = Path(__file__).resolve().parents[1]
-CASES, SIMULATED = 2000, 300
+CASES, SIMULATED = 2000, 120
 INTERPRETED, MOST_WORK = 5, 3000
 """Cases of an operator in Triton's interpreter, which is slow, and pixels times classes of each."""
 
