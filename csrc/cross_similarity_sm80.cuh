@@ -299,9 +299,7 @@ __global__ void __launch_bounds__(kThreads, 1) sweep_kernel(const __grid_constan
     }
   }
 
-  // The stages are done with.
-  copies_wait<0>();
-  __syncthreads();
+  // All threads have met behind the last segment: tiles are done with.
   auto* results = reinterpret_cast<Results<Reducer>*>(tiles);
   results->keep(group, first_row, reducer);
   __syncthreads();
@@ -313,7 +311,8 @@ __global__ void __launch_bounds__(kThreads, 1) sweep_kernel(const __grid_constan
 template <typename Reducer>
 void launch(const Gpu& gpu, const Sweep& sweep, const Layout& layout) {
   static_assert(rows_of(Reducer::kRowTiles) <= kThreads, "a thread writes a row");
-  static_assert(sizeof(Results<Reducer>) <= kFewestStages * kGroups * kShareBytes, "any layout has room for them");
+  static_assert(sizeof(Results<Reducer>) <= kFewestStages * kGroups * kShareBytes,
+                "any layout has room for them");
   const int64_t parts = sweep.rows / rows_of(Reducer::kRowTiles);
   gpu.launch(sweep_kernel<Reducer>, static_cast<int64_t>(sweep.units) * sweep.splits * parts, kThreads,
              layout.bytes(), Parameters{sweep, layout});
