@@ -3,7 +3,7 @@
     python -m benchmarks.gate --out DIR [--only PART,PART] [--within SECONDS] [--triton-only]
 
 tests: all tests that need a GPU: results, runs that are alike in every bit, CUDA graphs, memory.
-targets: the rates and times that the kernels are to reach. sweeps: the same of pixel-level similarity in CUDA.
+targets: the rates and times that the kernels are to reach. sweeps: those of pixel-level similarity in CUDA.
 full_step: a training step at full size, and what it is to reach. step: smaller ones. sanitizer:
 compute-sanitizer over the operators' samples.
 first_call: the first call of each operator in Triton, with nothing compiled before.

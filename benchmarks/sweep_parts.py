@@ -357,12 +357,13 @@ def own(bench: Bench) -> Iterator[Row]:
         wrong=next((one.wrong for one in each if one.wrong), None),
     )
     faster = len(each) / ratio(times, of_dense)
-    yield row(
-        *(bench, "own", f"max, own labels of {'street scenes' if bench.labels else 'regions'}", one, times),
-        [at_least(faster, TIMES_OWN, "x dense")],
-        **{"ratio": _significant(faster), "pairs_of_maps": len(each)},
-        share_of_pairs=_significant(needed / compared),
-    )
+    more = {
+        "ratio": _significant(faster),
+        "pairs_of_maps": len(each),
+        "share_of_pairs": _significant(needed / compared),
+    }
+    what = f"max, own labels of {'street scenes' if bench.labels else 'regions'}"
+    yield row(bench, "own", what, one, times, [at_least(faster, TIMES_OWN, "x dense")], **more)
 
 
 def linear(bench: Bench) -> Iterator[Row]:
@@ -429,9 +430,8 @@ def _admitted(bench: Bench, case: Case, make: Callable[[], tuple[Call, int]], na
     except CannotRunError:
         raise
     except Exception as error:  # of any package: it is no finding about ours
-        raise CannotRunError(
-            f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
-        ) from error
+        reason = (str(error).splitlines() or [""])[0][:160]
+        raise CannotRunError(f"{type(error).__name__}: {reason}") from error
     off = pixel_cases.error(case.with_inputs(return_index=False), result)
     if off > _RIVAL_ERROR and name not in _PLAIN:
         raise CannotRunError(f"{off:.1e} off float64, {_RIVAL_ERROR:g} is allowed")

@@ -1,6 +1,7 @@
 """What pixel-level similarity by the CUDA kernels comes to on a GPU, and whether that is what it is to reach.
 
-    python -m benchmarks.sweeps [--only PART,PART] [--labels DIR] [--stop-after SECONDS] [--json FILE] [--quick]
+    python -m benchmarks.sweeps [--only PART,PART] [--labels DIR] [--stop-after SECONDS] [--json FILE]
+        [--quick]
 
 Features of 256 channels, 256 x 512 pixels against as many (131072), in float16 and by the row maximum, where
 nothing else is said. What is compared is timed in turn, in the same rounds, and medians are held against each
@@ -14,8 +15,8 @@ variants: the other forms of the sweep that the library has, beside the usual on
 screened: CISC_CROSS_SCREEN=1, at 1100 TFLOP/s in effect, faster than dense, with the very same result.
 own: each pixel against those of its own label, a third of the time of dense; labels in regions with the
 frequencies of Cityscapes, or pairs of PNG masks from --labels.
-linear: 64 x 64, 128 x 128 and 256 x 256 pixels against as many, at most 1.1 times the time for a pair of pixels
-that the full size takes.
+linear: 64 x 64, 128 x 128 and 256 x 256 pixels against as many, in at most 1.1 times the time for a pair of
+pixels that the full size takes.
 small: batches of 16 at the crops of the published runs, at 0.6 of the rate of the full size.
 backward: value and gradients. No target.
 rivals: max 1.15 times, softmax and topk 1.3 times as fast as the best of what else runs here: Triton, PyTorch
@@ -23,10 +24,10 @@ in chunks of the best size, attention, and the libraries that are installed; `ri
 of the others.
 
 Times are of replayed CUDA graphs, each from a flushed cache: the GPU's own; among rivals, some of which wait
-for the GPU, of calls as they come. Every result is compared with float64 for some pixels first, gradients with
-float32 at the smaller size. `left_out` names what cannot run here, `failed` what broke or was not begun within
---stop-after. Exit 1 if a target is missed, a result is wrong or something failed. `--quick` tries it at small
-sizes, on the CPU too, and judges nothing but results.
+for the GPU, of calls as they come. Every result is compared with float64 for some pixels first, gradients at
+the smaller size with float32. `left_out` names what cannot run here, `failed` what broke or was not begun
+within --stop-after. Exit 1 if a target is missed, a result is wrong or something failed. `--quick` tries it
+at small sizes, on the CPU too, and judges nothing but results.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ instructions at 128, both counted for a kernel that computes each pixel by itsel
 clock of the GPU unless `--ghz` names one; in CUDA also at most a fifth of the time and a twentieth of the
 memory of plain PyTorch (benchmarks/naive.py). masked_average_pool and prototype_similarity move their bytes
 at 0.75 (Triton) or 0.80 (CUDA) of the rate of a copy. The row maximum of cross_similarity, 131072 pixels
-against as many, reaches in Triton 400 TFLOP/s and 1.2 times the rate of PyTorch in chunks; what is asked of it
-in CUDA, `benchmarks.sweeps` measures.
+against as many, reaches in Triton 400 TFLOP/s and 1.2 times the rate of PyTorch in chunks; that in CUDA is
+measured by benchmarks.sweeps.
 Times are medians of replayed CUDA graphs, each from a flushed cache: the GPU's own, without Python; those of
 plain PyTorch too, but for predict, which waits for the GPU there. `call_ms` is that of a call as it comes.
 The result is compared with the reference's, that of the row maximum for some pixels. `left_out` has the
