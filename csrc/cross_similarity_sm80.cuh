@@ -299,9 +299,7 @@ __global__ void __launch_bounds__(kThreads, 1) sweep_kernel(const __grid_constan
     }
   }
 
-  // The stages are done with.
-  copies_wait<0>();
-  __syncthreads();
+  // All threads have met behind the last segment: tiles are done with.
   auto* results = reinterpret_cast<Results<Reducer>*>(tiles);
   results->keep(group, first_row, reducer);
   __syncthreads();

@@ -1,4 +1,4 @@
-"""Which tiles of a guide a group of query pixels meets on tensor cores: cross_similarity_tiles.h against brute
+"""Which tiles of a guide a group of query pixels meets on tensor cores: cross_similarity_tiles.h, by brute
 force."""
 
 from __future__ import annotations

@@ -221,7 +221,8 @@ def _cpp(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _cpp_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _fake(*arguments[:-2], arguments[-1])
+    without_rounded: tuple[Any, ...] = (*arguments[:-2], arguments[-1])
+    return _fake(*without_rounded)
 
 
 _cpp_backward = _library.compiled(f"{_NAME}_backward")
