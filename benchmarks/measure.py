@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -93,14 +93,15 @@ def captured(make: Callable[[], Callable[[], Any]], warm_ups: int = _WARM_UPS) -
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
-        kept = call()
-
-    def replay() -> None:
-        graph.replay()
-        assert kept is not None  # the graph writes to it: it lives as long as this function
-
+        result = call()
+    replay = partial(_replay, graph, call, result)
     replay()
     return replay
+
+
+def _replay(graph: torch.cuda.CUDAGraph, *kept: Any) -> None:
+    """What the graph reads and writes lives as long as what replays it."""
+    graph.replay()
 
 
 def times_in_turn(
