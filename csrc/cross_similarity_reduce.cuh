@@ -371,30 +371,25 @@ struct Softmax {
         for (int m = 0; m < kRowTiles; ++m) sums[m][strip * 16 + i] *= scale.at[i / 4 * 2 + i % 2];
       }
     });
-    // Once, but where the top is raised: with a row's first tile, and now and then.
-    CISC_ROLL
-    for (;;) {
-      float totals[kRowTiles][2], weighteds[kRowTiles][2];
-      bool far = false;
+    float totals[kRowTiles][2], weighteds[kRowTiles][2];
+    weigh(sums, totals, weighteds);
+    bool far = false;
+    CISC_UNROLL
+    for (int m = 0; m < kRowTiles; ++m) {
       CISC_UNROLL
-      for (int m = 0; m < kRowTiles; ++m) {
-        CISC_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          weigh(sums[m], half, m, totals[m][half], weighteds[m][half]);
-          far = far || (meets_[m][half] && (totals[m][half] > kMost || top_[m][half] == -kInfinity));
-        }
+      for (int half = 0; half < 2; ++half) {
+        far = far || (meets_[m][half] && (totals[m][half] > kMost || top_[m][half] == -kInfinity));
       }
-      if (!far || !raise(sums)) {
-        CISC_UNROLL
-        for (int m = 0; m < kRowTiles; ++m) {
-          CISC_UNROLL
-          for (int half = 0; half < 2; ++half) {
-            if (!meets_[m][half]) continue;
-            total_[m][half].add(totals[m][half]);
-            weighted_[m][half].add(weighteds[m][half]);
-          }
-        }
-        return;
+    }
+    // With a row's first tile, and now and then.
+    if (far && raise(sums)) weigh(sums, totals, weighteds);
+    CISC_UNROLL
+    for (int m = 0; m < kRowTiles; ++m) {
+      CISC_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        if (!meets_[m][half]) continue;
+        total_[m][half].add(totals[m][half]);
+        weighted_[m][half].add(weighteds[m][half]);
       }
     }
   }
@@ -423,30 +418,38 @@ struct Softmax {
   }
 
  private:
-  // Weights of a row's columns in the tile.
+  // Weights of each row's columns in the tile.
   template <int kSums>
-  __device__ __forceinline__ void weigh(const float (&sums)[kSums], int half, int m,
+  __device__ __forceinline__ void weigh(const float (&sums)[kRowTiles][kSums],
                                         // outputs
-                                        float& total, float& weighted) const {
-    const float top = top_[m][half] > -kInfinity ? top_[m][half] : 0.0f;
-    total = weighted = 0.0f;
+                                        float (&totals)[kRowTiles][2],
+                                        float (&weighteds)[kRowTiles][2]) const {
     CISC_UNROLL
-    for (int first = 0; first < kSums; first += 16) {
-      float sum = 0.0f, of_strip = 0.0f;
+    for (int m = 0; m < kRowTiles; ++m) {
       CISC_UNROLL
-      for (int i = 0; i < kStrip; ++i) {
-        // The largest is 0 above itself: the slope may be huge.
-        const float above = sums[first + i / 2 * 4 + half * 2 + i % 2] - top;
-        const float weight = fast_exp2(above * slope_[m][half]);
-        sum += weight;
-        of_strip = fmaf(weight, above, of_strip);
+      for (int half = 0; half < 2; ++half) {
+        const float top = top_[m][half] > -kInfinity ? top_[m][half] : 0.0f;
+        totals[m][half] = weighteds[m][half] = 0.0f;
+        CISC_UNROLL
+        for (int first = 0; first < kSums; first += 16) {
+          float total = 0.0f, weighted = 0.0f;
+          CISC_UNROLL
+          for (int i = 0; i < kStrip; ++i) {
+            // The largest is 0 above itself: the slope may be huge.
+            const float above = sums[m][first + i / 2 * 4 + half * 2 + i % 2] - top;
+            const float weight = fast_exp2(above * slope_[m][half]);
+            total += weight;
+            weighted = fmaf(weight, above, weighted);
+          }
+          totals[m][half] += total;
+          weighteds[m][half] += weighted;
+        }
       }
-      total += sum;
-      weighted += of_strip;
     }
   }
 
-  // Make the weights of rows relative to the largest product that there is now; whether one is larger.
+  // Make the weights of rows relative to the largest product that there is now; whether one is larger. No
+  // weight of this tile is then above 1.
   template <int kSums>
   __device__ __forceinline__ bool raise(const float (&sums)[kRowTiles][kSums]) {
     bool raised = false;
