@@ -122,10 +122,11 @@ class Pairs {
         const LabelBins bins{side, &side == &query_, in_.settings.ignore_index};
         sort_items(gpu_, bins, images, side.pixels, counts, side.order, side.starts);
       }
-      if (!packing_) {
+      // Packing measures what is sorted; of ignored pixels backward asks whether they are finite.
+      if (!packing_ || (packing_->finite && &side == &query_ && sorted)) {
         gpu_.launch(measure_kernel, ceil_div(pixels, kThreads), kThreads, 0, side, images, in_.settings.eps);
-        return;
       }
+      if (!packing_) return;
       rows = {packed, reinterpret_cast<float*>(take(pixels + kScalePad))};
       packed += pixels * packing_->shape.width();
       gpu_.launch(pack_kernel, images * ceil_div(side.pixels, kTile), kThreads, 0, side, packing_->form,
