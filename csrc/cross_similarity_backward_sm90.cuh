@@ -15,7 +15,8 @@ constexpr int kHeldRows = kGroups * 64, kStreamedRows = 64;  // of a block, of a
 constexpr int kHeldBytes = kHeldRows * kChunkBytes,
               kStreamedBytes = kStreamedRows * kChunkBytes;  // of a chunk
 constexpr int kMostBackwardStages = 24, kColumnStages = 4;
-constexpr int kGatherers = kStreamedRows;     // threads, behind the first warp of the group that brings
+constexpr int kGatherers = kStreamedRows;  // threads, behind the first warp of the group that brings
+constexpr int kGathersRegisters = 40, kSumsRegisters = 232;
 constexpr int kGroupsMeet = kTurn + kGroups;  // a named barrier
 // Slopes, relative to the incoming gradient, are p (1 + (cosine - value) / temperature). As log2 of the total
 // is the weights' entropy in bits, that is less than 1 + ln(pixels) < 22.5. A row's scale is at most 2^-8.
@@ -34,7 +35,8 @@ struct alignas(16) Column {
 struct BackwardBarriers {
   Barrier full[kMostBackwardStages], empty[kMostBackwardStages];
   Barrier columns_full[kColumnStages], columns_empty[kColumnStages], held_full;
-  int32_t exponent;  // of the image's incoming gradient
+  int32_t exponent;              // of the image's incoming gradient
+  int32_t exponents[kHeldRows];  // slopes of the query's gradient are relative to 2 to the power of those
 };
 
 // Behind all tiles a block's sums lie in shared memory, a row of `pitch` for each pixel.
@@ -388,9 +390,9 @@ class HeldGroup {
     float sums[kSlice][kStreamedRows / 2] = {};
     Row rows[2];
     Sum alongs[2];
-    int32_t exponents[2];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) prepare(half, rows[half], exponents[half]);
+    for (int half = 0; half < 2; ++half) rows[half] = prepare(half);
+    __syncwarp();
     Ring ring, ring_of_columns;
     const bool in_turn = layout_.kept;
     if (in_turn && group_ == 1) meet_without_waiting(kTurn, kGroups * kWarpGroup);
@@ -403,7 +405,7 @@ class HeldGroup {
         barrier_wait(&barriers_->held_full, 0);
       }
 #pragma unroll
-      for (int half = 0; half < 2; ++half) begin(half, part, exponents[half], rows[half]);
+      for (int half = 0; half < 2; ++half) begin(half, part, rows[half]);
       for (int32_t first = part.begin; first < part.end; first += kStreamedRows) {
         float products[kStreamedRows / 2];
         if (in_turn) meet(kTurn + group_, kGroups * kWarpGroup);
@@ -430,13 +432,15 @@ class HeldGroup {
     }
     // The other group's last turn has no taker.
     if (in_turn && group_ == 0) meet(kTurn, kGroups * kWarpGroup);
-    finish(rows, exponents, alongs, sums);
+    finish(rows, alongs, sums);
   }
 
  private:
-  __device__ __forceinline__ int32_t position(int half) const {
-    return item_.first + warp_row_ + fragments::row(lane_, 2 * half);
+  __device__ __forceinline__ int row_of(int half) const {
+    return warp_row_ + fragments::row(lane_, 2 * half);
   }
+
+  __device__ __forceinline__ int32_t position(int half) const { return item_.first + row_of(half); }
 
   __device__ __forceinline__ int64_t image() const {
     return parameters_.sweep.kernel.held.first + item_.image;
@@ -446,26 +450,26 @@ class HeldGroup {
     return position(half) < parameters_.sweep.kernel.held.count(image());
   }
 
-  // exponent: slopes are relative to 2 to the power of it
-  __device__ __forceinline__ void prepare(int half,
-                                          // outputs
-                                          Row& row, int32_t& exponent) const {
+  __device__ __forceinline__ Row prepare(int half) const {
     const Kernel& p = parameters_.sweep.kernel;
-    row = {};
-    exponent = to_query ? 0 : barriers_->exponent;
-    if (!inside(half)) return;
-    row.scale = parameters_.sweep.held_scale[item_.image * p.held.pixels + position(half)];
-    if constexpr (to_query) {
-      const int64_t pixel = p.held.pixel_at(image(), position(half));
-      float most = 0.0f;
-      for (int64_t slot = 0; slot < p.slots; ++slot) {
-        most = ::fmaxf(most, finite_magnitude(p.grad.at(image(), slot, pixel)));
+    Row row{};
+    int32_t exponent = barriers_->exponent;
+    if (inside(half)) {
+      row.scale = parameters_.sweep.held_scale[item_.image * p.held.pixels + position(half)];
+      if constexpr (to_query) {
+        const int64_t pixel = p.held.pixel_at(image(), position(half));
+        float most = 0.0f;
+        for (int64_t slot = 0; slot < p.slots; ++slot) {
+          most = ::fmaxf(most, finite_magnitude(p.grad.at(image(), slot, pixel)));
+        }
+        exponent = exponent_above(most);
       }
-      exponent = exponent_above(most);
     }
+    if (lane_ % 4 == 0) barriers_->exponents[row_of(half)] = exponent;
+    return row;
   }
 
-  __device__ __forceinline__ void begin(int half, const Part& part, int32_t exponent,
+  __device__ __forceinline__ void begin(int half, const Part& part,
                                         // outputs
                                         Row& row) const {
     const Kernel& p = parameters_.sweep.kernel;
@@ -474,7 +478,8 @@ class HeldGroup {
       if (!row.meets) return;
       const int64_t pixel = p.held.pixel_at(image(), position(half));
       const int64_t place = p.place(image(), part.slot, pixel);
-      row.weight = times_power(p.grad.at(image(), part.slot, pixel), kSlopeBits - exponent);
+      const int32_t exponent = kSlopeBits - barriers_->exponents[row_of(half)];
+      row.weight = times_power(p.grad.at(image(), part.slot, pixel), exponent);
       row.value = p.similarity[place];
       row.log_total = p.log_totals[place];
     }
@@ -581,22 +586,22 @@ class HeldGroup {
   }
 
   // Sums go to shared memory, where the tiles were, and from there through the norm to the gradient.
-  __device__ __forceinline__ void finish(const Row (&rows)[2], const int32_t (&exponents)[2],
-                                         const Sum (&alongs)[2],
+  __device__ __forceinline__ void finish(const Row (&rows)[2], const Sum (&alongs)[2],
                                          const float (&sums)[kSlice][kStreamedRows / 2]) const {
     using Shared = Sums<kSlice>;
     auto* shared = reinterpret_cast<Shared*>(tiles_);
+    int32_t exponents[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) exponents[half] = barriers_->exponents[row_of(half)] - kSlopeBits;
     meet(kGroupsMeet, kGroups * kWarpGroup);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       double along = alongs[half].exact() * static_cast<double>(rows[half].scale);
       along += __shfl_xor_sync(kAll, along, 1);
       along += __shfl_xor_sync(kAll, along, 2);
-      const int row = warp_row_ + fragments::row(lane_, 2 * half);
-      if (lane_ % 4 == 0) {
-        shared->along[row] = along;
-        shared->exponent[row] = exponents[half] - kSlopeBits;
-      }
+      if (lane_ % 4 != 0) continue;
+      shared->along[row_of(half)] = along;
+      shared->exponent[row_of(half)] = exponents[half];
     }
 #pragma unroll
     for (int c = 0; c < kSlice; ++c) {
@@ -693,7 +698,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (to_query && thread == 0) barriers->exponent = 0;
   __syncthreads();
   if (group == kGroups) {
-    keep_registers<kBringsRegisters>();
+    keep_registers<kGathersRegisters>();
     const int gatherer = thread - kGroups * kWarpGroup - kWarp;
     if (gatherer == -kWarp) bring_chunks<kSlice>(parameters, item, layout, tiles, barriers);
     if (gatherer >= 0 && gatherer < kGatherers) {
@@ -701,7 +706,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                                reinterpret_cast<Column*>(tiles + layout.columns()), barriers);
     }
   } else {
-    take_registers<kMultipliesRegisters>();
+    take_registers<kSumsRegisters>();
     HeldGroup<to_query, type, split, kSlice> held(parameters, item, layout, tiles, barriers, group);
     held.run();
   }
