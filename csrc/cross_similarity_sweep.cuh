@@ -4,6 +4,7 @@
 
 #include "class_sort.h"
 #include "cross_similarity.h"
+#include "cross_similarity_arguments.h"
 #include "cross_similarity_state.cuh"
 #include "cross_similarity_tiles.h"
 #include "device.cuh"
@@ -46,5 +47,15 @@ class_sort::Cut cut_sm90(const RowShape& shape, Matrix type, Reduction reduction
 
 void sweep_sm80(const Gpu& gpu, const Sweep& sweep);
 void sweep_sm90(const Gpu& gpu, const Sweep& sweep);
+
+// Whether forward compares the pixels on tensor cores: cosines then differ in their last bits from the plain
+// kernel's.
+bool by_sweep(const Gpu& gpu, const Inputs& in);
+
+// "softmax" by the plain kernel, for a backward of it that goes with such a forward: of cosines in the same
+// bits. outputs, filled as for nothing that is compared: similarity and log_totals, [B,S,h,w] float32
+void softmax_by_plain(const Gpu& gpu, const Inputs& in,
+                      // outputs
+                      Tensor& similarity, Tensor& log_totals);
 
 }  // namespace cisc::cross_similarity
