@@ -16,7 +16,7 @@ constexpr int kHeldBytes = kHeldRows * kChunkBytes,
               kStreamedBytes = kStreamedRows * kChunkBytes;  // of a chunk
 constexpr int kMostBackwardStages = 24, kColumnStages = 4;
 constexpr int kGatherers = kStreamedRows;  // threads, behind the first warp of the group that brings
-constexpr int kGathersRegisters = 40, kSumsRegisters = 232;
+constexpr int kGathersRegisters = 48, kSumsRegisters = 232;
 constexpr int kGroupsMeet = kTurn + kGroups;  // a named barrier
 // Slopes, relative to the incoming gradient, are p (1 + (cosine - value) / temperature). As log2 of the total
 // is the weights' entropy in bits, that is less than 1 + ln(pixels) < 22.5. A row's scale is at most 2^-8.
