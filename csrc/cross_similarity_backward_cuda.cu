@@ -202,8 +202,9 @@ std::tuple<Tensor, Tensor> cuda_backward(const Tensor& grad, const Tensor& simil
   p.query_pixels = in.query_pixels();
   if (max || topk) p.winners = static_cast<const int64_t*>((max ? index : saved).const_data_ptr());
   p.k = topk ? in.winners() : 1;
+  const bool packs = ToPacked::serves(gpu, in);
   std::optional<Results> again;
-  if (softmax && by_sweep(gpu, in)) {
+  if (softmax && !packs && by_sweep(gpu, in)) {
     // The slopes of a small temperature magnify what two cosines of a pair differ by.
     again = Results::of(in, false);
     softmax_by_plain(gpu, in, again->similarity, again->saved);
@@ -214,7 +215,6 @@ std::tuple<Tensor, Tensor> cuda_backward(const Tensor& grad, const Tensor& simil
   }
   p.steepness = settings.steepness();
   p.inverse_temperature = static_cast<float>(1.0 / settings.temperature);
-  const bool packs = ToPacked::serves(gpu, in);
   const auto packing = packs ? std::optional<Packing>(Packing::of(in, true)) : std::nullopt;
   Pairs pairs(gpu, in, packing);
   std::optional<ToPacked> to_packed;
