@@ -4,7 +4,7 @@
 #include "cross_similarity_device.cuh"
 
 namespace cisc::cross_similarity {
-namespace {
+namespace on_gpu {
 
 // grad: [B,S,h,w] float32, any strides
 struct Gradient {
@@ -55,5 +55,5 @@ struct Kernel {
   }
 };
 
-}  // namespace
+}  // namespace on_gpu
 }  // namespace cisc::cross_similarity

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <tuple>
 
+#include "cross_similarity_backward_sweep.cuh"
 #include "cross_similarity_means.cuh"
 #include "cross_similarity_pair_gradients.cuh"
 #include "cross_similarity_pairs.cuh"
@@ -123,6 +124,42 @@ class ToMeans {
   std::optional<Tensor> alongs_;
 };
 
+// Gradient of "softmax" by tensor cores, of the images whose sides are packed.
+class ToPacked {
+ public:
+  // Whether the library has code of them for this GPU. Wide labels may share a bin, so that pixels of a class
+  // are none of its range alone.
+  static bool serves(const Gpu& gpu, const Inputs& in) {
+#if defined(CISC_HAS_SM90) || defined(CISC_SIMT)
+    return in.settings.reduction == Reduction::softmax && gpu.capability() == 90 && in.guide_pixels() > 0 &&
+           !wide_labels(in);
+#else
+    return false;
+#endif
+  }
+
+  ToPacked(const Gpu& gpu, const Inputs& in, const Packing& packing)
+      : gpu_(gpu),
+        packing_(packing),
+        largest_(device_empty(in.query, {in.batch() * kGradientParts}, ScalarType::Float)) {}
+
+  void run(const Kernel& p, const Pairs& pairs, bool to_query) {
+    const Rows &held = to_query ? pairs.query_rows() : pairs.guide_rows(),
+               &streamed = to_query ? pairs.guide_rows() : pairs.query_rows();
+    [[maybe_unused]] const BackwardSweep sweep{
+        p,          to_query,       packing_.matrix(),       packing_.shape, held.data, streamed.data,
+        held.scale, streamed.scale, data_of<float>(largest_)};
+#if defined(CISC_HAS_SM90) || defined(CISC_SIMT)
+    backward_sm90(gpu_, sweep);
+#endif
+  }
+
+ private:
+  const Gpu& gpu_;
+  Packing packing_;
+  Tensor largest_;
+};
+
 // grad: [B,S,h,w] float32, any strides
 // similarity, index, saved: what forward has given
 // the others: as in `cuda_forward`
@@ -165,8 +202,9 @@ std::tuple<Tensor, Tensor> cuda_backward(const Tensor& grad, const Tensor& simil
   p.query_pixels = in.query_pixels();
   if (max || topk) p.winners = static_cast<const int64_t*>((max ? index : saved).const_data_ptr());
   p.k = topk ? in.winners() : 1;
+  const bool packs = ToPacked::serves(gpu, in);
   std::optional<Results> again;
-  if (softmax && by_sweep(gpu, in)) {
+  if (softmax && !packs && by_sweep(gpu, in)) {
     // The slopes of a small temperature magnify what two cosines of a pair differ by.
     again = Results::of(in, false);
     softmax_by_plain(gpu, in, again->similarity, again->saved);
@@ -177,7 +215,10 @@ std::tuple<Tensor, Tensor> cuda_backward(const Tensor& grad, const Tensor& simil
   }
   p.steepness = settings.steepness();
   p.inverse_temperature = static_cast<float>(1.0 / settings.temperature);
-  Pairs pairs(gpu, in);
+  const auto packing = packs ? std::optional<Packing>(Packing::of(in, true)) : std::nullopt;
+  Pairs pairs(gpu, in, packing);
+  std::optional<ToPacked> to_packed;
+  if (packs) to_packed.emplace(gpu, in, *packing);
   p.classes = pairs.classes();
   const bool listed = (max || topk) && grad.numel() > 0;
   std::optional<ToGuide> to_guide;
@@ -186,6 +227,7 @@ std::tuple<Tensor, Tensor> cuda_backward(const Tensor& grad, const Tensor& simil
   if (settings.reduction == Reduction::mean && MeanTables::serve(in)) to_means.emplace(gpu, in);
   const auto pair_gradient = [&](bool to_query) {
     if (to_means) return to_means->run(p, to_query);
+    if (to_packed) return to_packed->run(p, pairs, to_query);
     const int64_t blocks = p.images * ceil_div(p.held.pixels, kTile) * ceil_div(p.held.channels, kTile);
     const auto kernel = softmax
                             ? to_query ? pair_gradient_kernel<true, true> : pair_gradient_kernel<true, false>

@@ -391,12 +391,7 @@ class Sweeps {
   }
 
   // Bins of one label each.
-  static int32_t bins_of(const Inputs& in) { return wide(in) ? kBins - 1 : kBins; }
-
-  static bool wide(const Inputs& in) {
-    return in.guide_labels.scalar_type() != ScalarType::Byte ||
-           (in.query_labels && in.query_labels->scalar_type() != ScalarType::Byte);
-  }
+  static int32_t bins_of(const Inputs& in) { return wide_labels(in) ? kBins - 1 : kBins; }
 
  private:
   const Gpu& gpu_;
@@ -522,7 +517,7 @@ std::tuple<Tensor, Tensor, Tensor> cuda_forward(const Tensor& query, const Tenso
       if (other) other->run(pairs, images, finish);
     });
   }
-  if (!sweeps || Sweeps::wide(in)) run_plain(gpu, pairs, in, sweeps, indexed, similarity, index, saved);
+  if (!sweeps || wide_labels(in)) run_plain(gpu, pairs, in, sweeps, indexed, similarity, index, saved);
   if (means) run_means(gpu, pairs, in, data_of<float>(similarity));
   if (classes) spoil(gpu, *classes, similarity);
   return {similarity, index, saved};

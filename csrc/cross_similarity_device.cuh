@@ -34,6 +34,16 @@ constexpr int64_t kImageBytes = 16 << 20, kResultBytes = 24 << 20;  // of worksp
 static_assert(kDepth == kParts * kMicro && kThreads * kMicro * kMicro == kTile * kTile, "a thread's share");
 static_assert(kThreads == kBins, "a thread has a bin");
 
+}  // namespace
+
+// What functions of other files are given.
+namespace on_gpu {
+
+// The classes [B,S] that are asked for; none in own-label mode, where there is one slot.
+struct SlotClasses : Classes {
+  bool own;
+};
+
 // One image of each pair. Workspace holds the images from `first` on.
 struct Side {
   Image<const void*> image;
@@ -100,6 +110,18 @@ __device__ __forceinline__ float Side::unit(int64_t b, int64_t pixel, int64_t ch
   const int64_t place = (b - first) * pixels + pixel;
   return unit_of(read_element(image.kind, image.data, offset(b, pixel) + channel * image.stride_c),
                  scale[place], rest[place], low[place]);
+}
+
+}  // namespace on_gpu
+
+using namespace on_gpu;
+
+namespace {
+
+// A power of two in halves, as the whole may be none that float32 has.
+__device__ __forceinline__ float times_power(float value, int exponent) {
+  const int half = exponent / 2;
+  return value * ::ldexpf(1.0f, half) * ::ldexpf(1.0f, exponent - half);
 }
 
 // 1 / the length of a vector, as scale * (rest + low).
@@ -210,11 +232,6 @@ void sort_items(const Gpu& gpu, const Bins& bins, int64_t images, int64_t items,
   gpu.launch(place_bins_kernel, images, kBins, 0, chunks, counts, starts);
   gpu.launch(scatter_kernel<Bins>, images * chunks, kBins, 0, bins, items, chunks, counts, starts, order);
 }
-
-// The classes [B,S] that are asked for; none in own-label mode, where there is one slot.
-struct SlotClasses : Classes {
-  bool own;
-};
 
 // Pixels of a tile, in shared memory.
 struct Pixels {

@@ -33,9 +33,8 @@ struct Item {
       walk = Walk::of_own(first, behind, query_starts, guide_starts, p.bins, kColumns);
     } else {
       const int64_t wanted = p.classes.at(p.first_image + image, slot);
-      const int32_t bin = class_sort::bin_of(wanted);
-      if (wanted < 0 || bin >= p.bins) return walk;
-      walk = Walk::of_class(first, behind, guide_starts, bin, kColumns);
+      if (wanted < 0 || wanted >= p.bins) return walk;
+      walk = Walk::of_class(first, behind, guide_starts, static_cast<int32_t>(wanted), kColumns);
     }
     walk.take(split, p.splits);
     return walk;

@@ -17,16 +17,23 @@ struct Packing {
   Form form;
   Float kind;  // of the rows' numbers
   RowShape shape;
+  bool finite;  // NaN is in the scales alone: see pack_kernel
 
-  static Packing of(const Inputs& in) {
+  static Packing of(const Inputs& in, bool finite = false) {
     const Float query = float_kind(in.query.scalar_type()), guide = float_kind(in.guide.scalar_type());
     const bool alike = query == guide && query != Float::f32;
     const Form form = alike ? Form::exact : in.settings.rounded ? Form::rounded : Form::split;
-    return {form, alike ? query : Float::f16, RowShape::of(in.channels(), form)};
+    return {form, alike ? query : Float::f16, RowShape::of(in.channels(), form), finite};
   }
 
   Matrix matrix() const { return kind == Float::bf16 ? Matrix::bf16 : Matrix::f16; }
 };
+
+// Whether labels other than bytes may share a bin.
+inline bool wide_labels(const Inputs& in) {
+  return in.guide_labels.scalar_type() != ScalarType::Byte ||
+         (in.query_labels && in.query_labels->scalar_type() != ScalarType::Byte);
+}
 
 // Host: workspace of a few images at a time, both sides measured and sorted, and packed where asked for.
 class Pairs {
@@ -115,14 +122,15 @@ class Pairs {
         const LabelBins bins{side, &side == &query_, in_.settings.ignore_index};
         sort_items(gpu_, bins, images, side.pixels, counts, side.order, side.starts);
       }
-      if (!packing_) {
+      // Packing measures what is sorted; of ignored pixels backward asks whether they are finite.
+      if (!packing_ || (packing_->finite && &side == &query_ && sorted)) {
         gpu_.launch(measure_kernel, ceil_div(pixels, kThreads), kThreads, 0, side, images, in_.settings.eps);
-        return;
       }
+      if (!packing_) return;
       rows = {packed, reinterpret_cast<float*>(take(pixels + kScalePad))};
       packed += pixels * packing_->shape.width();
       gpu_.launch(pack_kernel, images * ceil_div(side.pixels, kTile), kThreads, 0, side, packing_->form,
-                  packing_->kind, packing_->shape, in_.settings.eps, rows);
+                  packing_->kind, packing_->shape, packing_->finite, in_.settings.eps, rows);
     };
     ready(query_, query_rows_, own());
     ready(guide_, guide_rows_, true);

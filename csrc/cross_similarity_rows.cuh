@@ -20,20 +20,14 @@ struct Rows {
       scale;  // [images,pixels], and kScalePad more: times which a row is a unit vector; 1 where that is none
 };
 
-// A power of two in halves, as the whole may be none that float32 has.
-__device__ __forceinline__ float times_power(float value, int exponent) {
-  const int half = exponent / 2;
-  return value * ::ldexpf(1.0f, half) * ::ldexpf(1.0f, exponent - half);
-}
-
 __device__ __forceinline__ uint16_t narrow_bits(Float kind, float value) {
   return kind == Float::bf16 ? BFloat16::narrow(value).bits : Float16::narrow(value).bits;
 }
 
 // A block has 64 positions of a side. Vectors that are not finite become NaN, those without length 0.
-// kind: of the rows
+// kind: of the rows; finite: what is not becomes 0 and its scale NaN, and so do rows behind the last position
 __global__ void __launch_bounds__(kThreads)
-    pack_kernel(Side side, Form form, Float kind, RowShape shape, double eps,
+    pack_kernel(Side side, Form form, Float kind, RowShape shape, bool finite, double eps,
                 // outputs: lengths go to the side
                 Rows rows) {
   CISC_SHARED(squares, double[kThreads]);
@@ -77,9 +71,10 @@ __global__ void __launch_bounds__(kThreads)
     side.rest[place + pixel] = length.rest;
     side.low[place + pixel] = length.low;
     const double exact = ::ldexp(1.0 / length.norm, -exponent);
-    rows.scale[place + position] = !length.exists        ? 1.0f
-                                   : form == Form::exact ? static_cast<float>(exact)
-                                                         : 1.0f / kUnit;
+    rows.scale[place + position] = finite && !length.finite ? kNan
+                                   : !length.exists         ? 1.0f
+                                   : form == Form::exact    ? static_cast<float>(exact)
+                                                            : 1.0f / kUnit;
   }
   // Behind the last row of all, for its tile.
   if (blockIdx.x + 1 == gridDim.x) rows.scale[place + side.pixels + thread] = 1.0f;
@@ -95,10 +90,11 @@ __global__ void __launch_bounds__(kThreads)
       uint16_t* rest = &out[1][at * (kChunk16 + 8) + part + i * kParts];
       if (form == Form::exact) {
         const float value = length.exists ? times_power(values[i], exponent) : 0.0f;
-        *to = narrow_bits(kind, length.finite ? value : kNan);
+        *to = narrow_bits(kind, length.finite || finite ? value : kNan);
       } else {
-        const float value = kUnit * unit_of(values[i], length.scale, length.rest, length.low);
-        const uint16_t bits = Float16::narrow(length.finite ? value : kNan).bits;
+        const float unit = kUnit * unit_of(values[i], length.scale, length.rest, length.low);
+        const float value = length.finite ? unit : finite ? 0.0f : kNan;
+        const uint16_t bits = Float16::narrow(value).bits;
         *to = bits;
         if (form == Form::split) *rest = Float16::narrow(value - Float16{bits}.widen()).bits;
       }
@@ -107,7 +103,7 @@ __global__ void __launch_bounds__(kThreads)
     // A thread has 8 numbers of a row and of another one.
     for (int i = thread; i < kTile * kChunk16 / 8; i += kThreads) {
       const int row = i / (kChunk16 / 8), column = i % (kChunk16 / 8) * 8;
-      if (first + row >= behind) continue;
+      if (first + row >= (finite ? side.pixels : behind)) continue;
       uint16_t* to = rows.data + (place + first + row) * width + c0 + column;
       write_pack(to, read_pack<8>(&out[0][row * (kChunk16 + 8) + column]));
       if (form == Form::split) {

@@ -3,18 +3,13 @@
 
 #include <algorithm>
 
+#include "cross_similarity_groups.cuh"
 #include "cross_similarity_items.cuh"
 #include "cross_similarity_reduce.cuh"
 
 namespace cisc::cross_similarity::sm90 {
 
-constexpr int kGroups = 2;  // warp groups that multiply; a third one brings tiles
-constexpr int kThreads = (kGroups + 1) * kWarpGroup;
-constexpr int kWarps = kGroups * kWarpGroup / kWarp;  // that multiply
-constexpr int kBringsRegisters = 56, kMultipliesRegisters = 224;
 constexpr int kMostStages = 12;
-constexpr int64_t kSharedBytes = 227 << 10;
-constexpr int kTurn = 1;                  // the first of the named barriers that give the groups turns
 constexpr int64_t kWantedClusters = 132;  // items, two for each of a large GPU
 
 // How a block cuts.
@@ -72,10 +67,6 @@ struct Parameters {
   TensorMap query, guide;
   Sweep sweep;
 };
-
-__device__ __forceinline__ unsigned char* tiles_in(unsigned char* memory) {
-  return memory + (kSwizzleBytes - shared_address(memory) % kSwizzleBytes) % kSwizzleBytes;
-}
 
 #ifdef CISC_HOPPER
 

@@ -93,7 +93,9 @@ struct State {
                         // outputs
                         float* log_total) const {
     const auto value = static_cast<float>((static_cast<double>(top) + weighted / total) * scale);
-    const double above = static_cast<double>(top) * scale - static_cast<double>(value);
+    // As backward has the cosine, rounded: of one that takes all, `above` is 0 there and here.
+    const auto rounded = static_cast<float>(static_cast<double>(top) * scale);
+    const double above = static_cast<double>(rounded) - static_cast<double>(value);
     *log_total = static_cast<float>(::log2(total) + above * steepness);
     return value;
   }

@@ -195,3 +195,75 @@ def test_unknown_variant(device: str, chip: int, monkeypatch: pytest.MonkeyPatch
         ops.cross_similarity(**placed, impl="cpp")
     for variant in VARIANTS:
         assert variant in str(error.value)
+
+
+BOTH = ("query", "guide")
+
+
+@on_chips
+@pytest.mark.parametrize("channels", [7, 72, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gradients_of_classes(device: str, chip: int, dtype: torch.dtype, channels: int) -> None:
+    """Several tiles of both images; an empty class, one that is wanted twice, one of no pixel's label."""
+    inputs = images((2, channels, 13, 17, 19, 15), 3, dtype, seed=7) | {"reduction": "softmax"}
+    del inputs["query_labels"]
+    inputs["classes"] = torch.tensor([[0, 2, -1, 7], [1, 1, 255, 300]])
+    judge(inputs, device, BOTH)
+
+
+@on_chips
+@pytest.mark.parametrize("labels", [torch.uint8, torch.int32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gradients_of_own_labels(device: str, chip: int, dtype: torch.dtype, labels: torch.dtype) -> None:
+    """Held rows of several classes, and pixels that are ignored, some of which are not finite."""
+    inputs = images((2, 40, 19, 17, 21, 13), 5, dtype, seed=8) | {"reduction": "softmax", "classes": None}
+    for name in ("query_labels", "guide_labels"):
+        inputs[name] = inputs[name].to(labels)
+    judge(inputs, device, BOTH)
+    inputs["query"][0, 3, inputs["query_labels"][0] == 255] = torch.nan
+    judge(inputs, device, BOTH)
+
+
+@on_chips
+@pytest.mark.parametrize("channels", [256, 320, 600])
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32,) * 2, (torch.float16,) * 2, (torch.bfloat16, torch.float32)]
+)
+def test_gradients_of_long_rows(
+    device: str, chip: int, dtypes: tuple[torch.dtype, torch.dtype], channels: int
+) -> None:
+    """Several slices of channels; rows that stay in shared memory, and such as come in pieces."""
+    inputs = images((1, channels, 11, 13, 9, 16), 2, torch.float32, seed=9) | {"reduction": "softmax"}
+    del inputs["query_labels"]
+    inputs["query"], inputs["guide"] = inputs["query"].to(dtypes[0]), inputs["guide"].to(dtypes[1])
+    inputs["classes"] = torch.tensor([[1, 0]])
+    judge(inputs, device, BOTH)
+
+
+@on_chips
+@pytest.mark.parametrize("temperature", [1e-30, 1e-3, 0.02, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gradients_of_temperatures(device: str, chip: int, dtype: torch.dtype, temperature: float) -> None:
+    """Weights that one cosine takes, and such as are all alike; vectors of many lengths."""
+    inputs = images((1, 33, 12, 12, 14, 14), 1, dtype, seed=10) | {"reduction": "softmax"}
+    del inputs["query_labels"]
+    inputs["classes"] = torch.zeros(1, 1, dtype=torch.int64)
+    lengths = 2.0 ** torch.arange(-6, 6).to(dtype)
+    inputs["query"] = inputs["query"] * lengths
+    inputs["guide"][..., :12] *= lengths
+    inputs["temperature"] = temperature
+    judge(inputs, device, BOTH)
+
+
+@on_chips
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_beside_what_is_not_finite(device: str, chip: int, dtype: torch.dtype) -> None:
+    """NaN stays with the pixels that are compared with it; zero-length vectors have no gradient."""
+    inputs = images((1, 70, 12, 11, 13, 17), 2, dtype, seed=11) | {"reduction": "softmax"}
+    inputs["query"][0, :, 5, 3] = 0
+    inputs["guide"][0, :, 7, 7] = 0
+    inputs["guide"][0, 69, 4, 4] = torch.inf
+    inputs["query"][0, 1, 9, 9] = torch.nan
+    judge(inputs | {"classes": None}, device, BOTH)
+    del inputs["query_labels"]
+    judge(inputs | {"classes": torch.tensor([[1, 0, 1]])}, device, BOTH)
