@@ -11,12 +11,6 @@ using Wide = BlockShape<2, 128, 2, true>;       // 256 query rows of up to 256 n
 using Long = BlockShape<1, 256, 2, true>;       // 128 query rows of up to 512 numbers
 using Streamed = BlockShape<1, 256, 2, false>;  // any rows
 
-constexpr int kFewestStages = 3;
-template <typename S>
-bool fits(const RowShape& shape) {
-  return Layout<S>::of(shape).stages >= kFewestStages;
-}
-
 template <typename S, Matrix type>
 void sweep_by(const Gpu& gpu, const Sweep& sweep) {
   switch (sweep.reduction) {
@@ -29,10 +23,10 @@ void sweep_by(const Gpu& gpu, const Sweep& sweep) {
   }
 }
 
-// f(shape) for rows and a reduction
+// f(shape) for rows and a reduction; flagged: as what has set the flags
 template <typename Function>
-auto with_shape(const RowShape& shape, Reduction reduction, const Function& f) {
-  if (reduction != Reduction::topk && fits<Wide>(shape)) return f(Wide{});
+auto with_shape(const RowShape& shape, Reduction reduction, bool flagged, const Function& f) {
+  if (reduction != Reduction::topk && !flagged && fits<Wide>(shape)) return f(Wide{});
   if (fits<Long>(shape)) return f(Long{});
   return f(Streamed{});
 }
@@ -40,14 +34,14 @@ auto with_shape(const RowShape& shape, Reduction reduction, const Function& f) {
 }  // namespace
 
 class_sort::Cut cut_sm90(const RowShape& shape, Reduction reduction) {
-  return with_shape(shape, reduction, [](auto s) {
+  return with_shape(shape, reduction, false, [](auto s) {
     using S = decltype(s);
     return class_sort::Cut{S::kRows * S::kCluster, S::kColumns, kWantedClusters};
   });
 }
 
 void sweep_sm90(const Gpu& gpu, const Sweep& sweep) {
-  with_shape(sweep.shape, sweep.reduction, [&](auto s) {
+  with_shape(sweep.shape, sweep.reduction, sweep.flags != nullptr, [&](auto s) {
     using S = decltype(s);
     if (sweep.type == Matrix::bf16) return sweep_by<S, Matrix::bf16>(gpu, sweep);
     sweep_by<S, Matrix::f16>(gpu, sweep);

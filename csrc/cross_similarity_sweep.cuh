@@ -4,6 +4,7 @@
 
 #include "class_sort.h"
 #include "cross_similarity.h"
+#include "cross_similarity_bounds.h"
 #include "cross_similarity_state.cuh"
 #include "cross_similarity_tiles.h"
 #include "device.cuh"
@@ -13,12 +14,13 @@
 namespace cisc::cross_similarity {
 
 constexpr int kFoundAtOnce = 8;  // winners of "topk" that a sweep finds
+constexpr int kCandidates = 64;  // of a row and split, that a screening sweep leaves
 
 // Of the images whose sides are packed.
 struct Sweep {
   Matrix type;
   RowShape shape;
-  const uint16_t *query_rows, *guide_rows;     // [images,pixels,width]
+  const void *query_rows, *guide_rows;         // [images,pixels,width]
   const float *query_scale, *guide_scale;      // [images,pixels]: times which a row is a unit vector
   int32_t images, query_pixels, guide_pixels;  // of those images, and of one
   const int32_t *query_starts,
@@ -33,10 +35,20 @@ struct Sweep {
   float steepness;
   // [units,rows] of "topk", or null: the last winner that was found before, packed; -1: there are no more
   const int64_t* bounds;
+  // [units], or null: units where it is 0 are left out
+  const int32_t* flags;
+  // Of rows of int8: [images,pixels] each, and Bounds::slack
+  const Step *query_steps, *guide_steps;
+  float slack;
   // outputs: positions in the guide's order
   State* states;     // [units,splits,rows]
   int64_t* winners;  // [units,splits,rows,kFoundAtOnce] of "topk", packed
+  // [units,splits,rows,kCandidates] of a sweep that screens. Its states have how many there are as their
+  // index, what the best one's V is above as `best`, the largest V as `top`, and `open` where some are
+  // lacking.
+  int32_t* candidates;
 
+  CISC_HD bool skips(int32_t unit) const { return flags != nullptr && flags[unit] == 0; }
   CISC_HD bool own() const { return query_starts != nullptr; }
 };
 
@@ -46,5 +58,9 @@ class_sort::Cut cut_sm90(const RowShape& shape, Reduction reduction);
 
 void sweep_sm80(const Gpu& gpu, const Sweep& sweep);
 void sweep_sm90(const Gpu& gpu, const Sweep& sweep);
+
+// The candidates for "max" by rows of int8; and how it cuts, as sweeps do that have flags.
+class_sort::Cut cut_screen_sm90();
+void screen_sm90(const Gpu& gpu, const Sweep& sweep);
 
 }  // namespace cisc::cross_similarity
