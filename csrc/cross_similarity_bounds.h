@@ -78,6 +78,13 @@ struct Bounds {
             static_cast<float>(2.0 * (error + static_cast<double>(slack)) / step * kMore)};
   }
 
+  // What V is above, of whatever has a float32 cosine above this one. It is off by less than what `slack`
+  // holds beside Bounds::slack.
+  CISC_HD static float of_cosine(const Step& query, float cosine, float slack) {
+    const double own = static_cast<double>(query.error) + static_cast<double>(slack);
+    return static_cast<float>((static_cast<double>(cosine) - own) / static_cast<double>(query.step));
+  }
+
   // V of a pair of rows with the product `sum`.
   CISC_HD float most(int32_t sum, const Step& guide) const {
     return ::fmaf(guide.error, slope, static_cast<float>(sum) * guide.step);

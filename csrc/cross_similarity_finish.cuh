@@ -9,7 +9,6 @@ namespace cisc::cross_similarity {
 namespace {
 
 constexpr int kFinishThreads = 128;
-constexpr int kRowNumbers = 8;  // of 16 bits, that a thread reads at once
 
 struct Finish {
   Sweep sweep;
@@ -25,41 +24,18 @@ struct Finish {
   float* log_totals;  // [B,S,h,w] of "softmax"
   int64_t* bounds;    // [units,rows] of "topk": Sweep::bounds of the next one
 
-  __device__ __forceinline__ float widen(uint16_t bits) const {
-    return sweep.type == Matrix::bf16 ? BFloat16{bits}.widen() : Float16{bits}.widen();
-  }
-
   // Cosine of two pixels, to all threads of a warp.
   __device__ __forceinline__ float cosine(int64_t image, int64_t query_position,
                                           int64_t guide_position) const {
     const int64_t row = image * query.pixels + query_position, other = image * guide.pixels + guide_position;
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    if (form != Form::rounded) return sweep.packed.cosine(row, other);
+    const int64_t b = query.first + image;
+    const int64_t pixel = query.pixel_at(b, query_position), there = guide.pixel_at(b, guide_position);
     float sum = 0.0f;
-    if (form == Form::rounded) {
-      const int64_t b = query.first + image;
-      const int64_t pixel = query.pixel_at(b, query_position), there = guide.pixel_at(b, guide_position);
-      for (int64_t c = lane; c < query.channels; c += kWarp) {
-        sum = fmaf(query.unit(b, pixel, c), guide.unit(b, there, c), sum);
-      }
-      return warp_sum(sum);
+    for (int64_t c = static_cast<int>(threadIdx.x) % kWarp; c < query.channels; c += kWarp) {
+      sum = fmaf(query.unit(b, pixel, c), guide.unit(b, there, c), sum);
     }
-    const int64_t width = sweep.shape.width(), rest = static_cast<int64_t>(sweep.shape.chunks) * kChunk16;
-    const uint16_t* a = static_cast<const uint16_t*>(sweep.query_rows) + row * width;
-    const uint16_t* b = static_cast<const uint16_t*>(sweep.guide_rows) + other * width;
-    for (int64_t c = lane * kRowNumbers; c < rest; c += kWarp * kRowNumbers) {
-      const auto left = read_pack<kRowNumbers>(a + c), right = read_pack<kRowNumbers>(b + c);
-      Pack<uint16_t, kRowNumbers> left_rest{}, right_rest{};
-      if (form == Form::split) {
-        left_rest = read_pack<kRowNumbers>(a + rest + c);
-        right_rest = read_pack<kRowNumbers>(b + rest + c);
-      }
-#pragma unroll
-      for (int i = 0; i < kRowNumbers; ++i) {
-        sum = fmaf(widen(left.at[i]) + widen(left_rest.at[i]), widen(right.at[i]) + widen(right_rest.at[i]),
-                   sum);
-      }
-    }
-    return warp_sum(sum) * (sweep.query_scale[row] * sweep.guide_scale[other]);
+    return warp_sum(sum);
   }
 
   // Of "max", by one thread of a warp.

@@ -21,9 +21,9 @@ constexpr int64_t kWantedClusters = 132;  // items, two for each of a large GPU
 // How a block cuts.
 // kRowTiles_: of 64 query rows, for each group; kColumns_: guide rows of a tile; kCluster_: blocks that share
 // the guide's tiles; kResident_: query rows stay in shared memory; kInTurn_: one group multiplies while the
-// other reduces; kListBytes_: of shared memory, that the reducer has
+// other reduces; kMoreBytes_: of shared memory, that the reducer has
 template <int kRowTiles_, int kColumns_, int kCluster_, bool kResident_, bool kInTurn_ = true,
-          int kListBytes_ = 0>
+          int kMoreBytes_ = 0>
 struct BlockShape {
   static constexpr int kRowTiles = kRowTiles_, kColumns = kColumns_, kCluster = kCluster_;
   static constexpr bool kResident = kResident_, kInTurn = kInTurn_;
@@ -31,7 +31,7 @@ struct BlockShape {
   static constexpr int kSums = kColumns / 2;              // of a thread, for a tile of 64 rows
   static constexpr int kQueryBytes = kRows * kChunkBytes, kGuideBytes = kColumns * kChunkBytes;  // of a chunk
   static constexpr int kStageBytes = kGuideBytes + (kResident ? 0 : kQueryBytes);
-  static constexpr int kListBytes = kListBytes_;
+  static constexpr int kMoreBytes = kMoreBytes_;
 
   static_assert(kColumns % (8 * kCluster) == 0 && kColumns / kCluster <= 256 && kRows <= 256, "boxes of TMA");
 };
@@ -47,7 +47,7 @@ constexpr int kChunkOf = type == Matrix::s8 ? kChunkBytes : kChunk16;
 template <Matrix type>
 using SumOf = std::conditional_t<type == Matrix::s8, int32_t, float>;
 
-// Shared memory: the query's chunks, the stages, the barriers, the reducer's lists.
+// Shared memory: the query's chunks, the stages, the barriers, what the reducer has.
 template <typename S>
 struct Layout {
   int32_t query_chunks, stages;
@@ -55,7 +55,7 @@ struct Layout {
   CISC_HD static Layout of(const RowShape& shape) {
     const int32_t chunks = S::kResident ? shape.all_chunks() : 0;
     const int64_t left = kSharedBytes - kSwizzleBytes - static_cast<int64_t>(sizeof(Barriers)) -
-                         S::kListBytes - static_cast<int64_t>(chunks) * S::kQueryBytes;
+                         S::kMoreBytes - static_cast<int64_t>(chunks) * S::kQueryBytes;
     const int64_t fit = left / S::kStageBytes;
     return {chunks, static_cast<int32_t>(fit < kMostStages ? fit : kMostStages)};
   }
@@ -69,8 +69,8 @@ struct Layout {
     return query(query_chunks) + static_cast<int64_t>(number) * S::kStageBytes;
   }
   CISC_HD int64_t barriers() const { return stage(stages); }
-  CISC_HD int64_t lists() const { return barriers() + static_cast<int64_t>(sizeof(Barriers)); }
-  CISC_HD int64_t bytes() const { return lists() + S::kListBytes + kSwizzleBytes; }
+  CISC_HD int64_t more() const { return barriers() + static_cast<int64_t>(sizeof(Barriers)); }
+  CISC_HD int64_t bytes() const { return more() + S::kMoreBytes + kSwizzleBytes; }
 };
 
 struct Parameters {
@@ -210,7 +210,7 @@ __device__ __forceinline__ void reduce_all(const Parameters& parameters, const L
   const int first_row =
       static_cast<int>(rank) * S::kRows + group * S::kRowTiles * 64 + fragments::first_row(warp);
   Reducer reducer(p);
-  if constexpr (S::kListBytes > 0) reducer.take_lists(tiles + layout.lists(), static_cast<int>(threadIdx.x));
+  if constexpr (S::kMoreBytes > 0) reducer.take_memory(tiles + layout.more(), static_cast<int>(threadIdx.x));
   Ring ring, queries;
   const bool in_turn = layout.in_turn(p.shape.steps());
   if (in_turn && group == 1) meet_without_waiting(kTurn, kGroups * kWarpGroup);
@@ -232,11 +232,12 @@ __device__ __forceinline__ void reduce_all(const Parameters& parameters, const L
       }
       reducer.segment(segment.first_query, segment.behind_query);
       for (int32_t tile = segment.first_tile; tile < segment.end_tile; ++tile) {
+        const int32_t first = segment.begin + tile * S::kColumns, left = segment.end - first;
+        const auto* scales = Reducer::scales(p) + (item.image * p.guide_pixels + first);
+        if constexpr (S::kMoreBytes > 0) reducer.ahead(scales);
         SumOf<type> sums[S::kRowTiles][S::kSums];
         multiply<S, type>(p.shape, layout, shared_address(tiles), group, lane, barriers, ring, sums);
-        const int32_t first = segment.begin + tile * S::kColumns, left = segment.end - first;
-        reducer.tile(sums, Reducer::scales(p) + (item.image * p.guide_pixels + first), first,
-                     left < S::kColumns ? left : S::kColumns);
+        reducer.tile(sums, scales, first, left < S::kColumns ? left : S::kColumns);
       }
     }
     if (brought && lane == 0) barrier_arrive(&barriers->query_empty);

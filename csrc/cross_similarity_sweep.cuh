@@ -14,7 +14,43 @@
 namespace cisc::cross_similarity {
 
 constexpr int kFoundAtOnce = 8;  // winners of "topk" that a sweep finds
-constexpr int kCandidates = 64;  // of a row and split, that a screening sweep leaves
+constexpr int kCandidates = 56;  // of a row and split, that a screening sweep leaves at most
+constexpr int kRowNumbers = 8;   // of 16 bits, that a thread reads at once
+
+// Rows of 16-bit numbers of both sides.
+struct Packed {
+  Matrix type;
+  RowShape shape;
+  const uint16_t *query_rows, *guide_rows;  // [images,pixels,width]
+  const float *query_scale, *guide_scale;   // [images,pixels]: times which a row is a unit vector
+  float error;                              // what a cosine of rows may be off from that of the features
+
+  __device__ __forceinline__ float widen(uint16_t bits) const {
+    return type == Matrix::bf16 ? BFloat16{bits}.widen() : Float16{bits}.widen();
+  }
+
+  // Cosine of two rows, to all threads of a warp.
+  __device__ __forceinline__ float cosine(int64_t row, int64_t other) const {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    const int64_t width = shape.width(), rest = static_cast<int64_t>(shape.chunks) * kChunk16;
+    const uint16_t *a = query_rows + row * width, *b = guide_rows + other * width;
+    float sum = 0.0f;
+    for (int64_t c = lane * kRowNumbers; c < rest; c += kWarp * kRowNumbers) {
+      const auto left = read_pack<kRowNumbers>(a + c), right = read_pack<kRowNumbers>(b + c);
+      Pack<uint16_t, kRowNumbers> left_rest{}, right_rest{};
+      if (shape.split) {
+        left_rest = read_pack<kRowNumbers>(a + rest + c);
+        right_rest = read_pack<kRowNumbers>(b + rest + c);
+      }
+#pragma unroll
+      for (int i = 0; i < kRowNumbers; ++i) {
+        sum = fmaf(widen(left.at[i]) + widen(left_rest.at[i]), widen(right.at[i]) + widen(right_rest.at[i]),
+                   sum);
+      }
+    }
+    return warp_sum(sum) * (query_scale[row] * guide_scale[other]);
+  }
+};
 
 // Of the images whose sides are packed.
 struct Sweep {
@@ -37,9 +73,10 @@ struct Sweep {
   const int64_t* bounds;
   // [units], or null: units where it is 0 are left out
   const int32_t* flags;
-  // Of rows of int8: [images,pixels] each, and Bounds::slack
+  // Of a sweep that screens, by rows of int8: [images,pixels] each, and Bounds::slack
   const Step *query_steps, *guide_steps;
   float slack;
+  Packed packed;
   // outputs: positions in the guide's order
   State* states;     // [units,splits,rows]
   int64_t* winners;  // [units,splits,rows,kFoundAtOnce] of "topk", packed
