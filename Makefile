@@ -25,7 +25,7 @@ BUILT := .venv/.built-$(call hash,setup.py pyproject.toml Makefile $(wildcard cs
 
 SIMULATED := test_ops.py test_golden.py test_ops_rules.py test_ops_properties.py test_ops_special.py \
     test_ops_errors.py test_cross_similarity.py test_gpu_cases.py test_cuda_losses.py \
-    test_cuda_features.py
+    test_cuda_features.py test_cross_chips.py
 
 .PHONY: help setup demo test soak lint format bench gpu
 
@@ -38,18 +38,21 @@ demo: $(BUILT)  ## the six stages on a small generated data set, into runs/demo,
 	@rm -rf runs/demo
 	$(PY) train.py demo --out runs/demo
 
-# The CUDA kernels as C++ too, where there is a C++ compiler: threads in two orders, so that a missing barrier
-# shows.
+# The CUDA kernels as C++ too, where there is a C++ compiler: as on a chip of 9.0; then what differs on older ones, and
+# with threads in other orders, so that a missing barrier shows.
 test: $(BUILT)  ## all tests, in JOBS processes; then those of the CUDA kernels, run on the CPU
 	@export OMP_WAIT_POLICY=passive
 	$(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 	[ -f cisc_ext/_ops.so ] || { echo "CUDA kernels not tested: no C++ compiler" >&2; exit 0; }
 	CISC_SIMT=1 CISC_CUDA=0 $(PY) setup.py --quiet build --build-lib build/simt
 	export CISC_OPS=build/simt/cisc_ext/_ops.so
-	$(PY) -m pytest -n $(JOBS) -q -rfE -k "cpp or test_cuda_losses or test_cuda_features" \
+	CISC_SIMT_CHIP=90 $(PY) -m pytest -n $(JOBS) -q -rfE -k "cpp or test_cuda_losses or test_cuda_features or simulated" \
 	    $(addprefix tests/,$(SIMULATED))
-	CISC_SIMT_ORDER=reverse $(PY) -m pytest -n $(JOBS) -q -rfE -k "cpp and (test_implementation or golden)" \
-	    tests/test_ops.py tests/test_golden.py
+	CISC_SIMT_CHIP=80 CISC_SIMT_ORDER=shuffle $(PY) -m pytest -n $(JOBS) -q -rfE -k "cpp and cross_similarity" \
+	    tests/test_ops.py tests/test_cross_similarity.py
+	CISC_SIMT_CHIP=75 CISC_SIMT_ORDER=reverse $(PY) -m pytest -n $(JOBS) -q -rfE \
+	    -k "cpp and (test_implementation or golden or test_cross)" \
+	    tests/test_ops.py tests/test_golden.py tests/test_cross_similarity.py
 
 soak: $(BUILT)  ## 100 000 random calls of the operators under AddressSanitizer and UBSan, 800 of the CUDA kernels on the CPU
 	@$(PY) tests/fuzz.py --cases 100000 --json "$(OUT)/soak.json"

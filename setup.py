@@ -22,7 +22,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -69,8 +69,8 @@ def flag(env: Mapping[str, str], name: str) -> bool | None:
     return value == "1" if value else None
 
 
-def parse_archs(text: str) -> tuple[list[str], list[str]]:
-    """Chip names and nvcc -gencode flags of a list such as "8.0;9.0a;9.0+PTX".
+def parse_archs(text: str) -> list[str]:
+    """Chip names of a list such as "8.0;9.0a;9.0+PTX".
 
     X.Y+PTX adds PTX of that chip, and its code unless X.Ya, which runs on the same chip, is listed too.
     """
@@ -93,8 +93,7 @@ def parse_archs(text: str) -> tuple[list[str], list[str]]:
             chips.append(f"sm_{number}{suffix}")
         if ptx:
             chips.append(f"compute_{number}{suffix}")
-    chips = list(dict.fromkeys(chips))
-    return chips, [f"-gencode=arch={chip.replace('sm_', 'compute_')},code={chip}" for chip in chips]
+    return list(dict.fromkeys(chips))
 
 
 def run(command: list[str]) -> str:
@@ -124,6 +123,24 @@ def find_nvcc(env: Mapping[str, str]) -> str | None:
     return shutil.which("nvcc", path=env.get("PATH", "")) or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
+def chips_of(source: Path, chips: Sequence[str]) -> list[str]:
+    """The chips that a CUDA source is for: all, but *_sm80.cu is for those with asynchronous copies, and
+    *_sm90.cu for Hopper's own instructions."""
+    if source.stem.endswith("_sm90"):
+        return [chip for chip in chips if chip == "sm_90a"]
+    if source.stem.endswith("_sm80"):
+        return [chip for chip in chips if chip not in ("sm_75", "compute_75", "sm_90a")]
+    return list(chips)
+
+
+def gencode(source: Path, chips: Sequence[str]) -> list[str]:
+    """nvcc's flags for them. Where there would be no PTX, it comes along: launch bounds are read from it."""
+    listed = chips_of(source, chips)
+    if source.stem.endswith("_sm90"):
+        listed += ["compute_90a"]
+    return [f"-gencode=arch={chip.replace('sm_', 'compute_')},code={chip}" for chip in listed]
+
+
 @dataclass(frozen=True)
 class Cuda:
     """What to do about CUDA: compile `sources` with `nvcc`, or nothing because of `left_out`."""
@@ -131,7 +148,6 @@ class Cuda:
     nvcc: str = ""
     version: str = ""
     chips: tuple[str, ...] = ()
-    gencode: tuple[str, ...] = ()
     sources: tuple[Path, ...] = ()
     left_out: str = ""
 
@@ -139,7 +155,7 @@ class Cuda:
 def decide_cuda(env: Mapping[str, str], csrc: Path = CSRC) -> Cuda:
     """Choose once, with the reason."""
     asked = flag(env, "CISC_CUDA")
-    chips, gencode = parse_archs(env.get("CISC_CUDA_ARCHS") or CUDA_ARCHS)
+    chips = parse_archs(env.get("CISC_CUDA_ARCHS") or CUDA_ARCHS)
     if asked is False:
         return Cuda(left_out="CISC_CUDA=0")
     nvcc = find_nvcc(env)
@@ -153,7 +169,7 @@ def decide_cuda(env: Mapping[str, str], csrc: Path = CSRC) -> Cuda:
             stop("CISC_CUDA=1, but csrc has no CUDA sources yet")
         return Cuda(left_out="no CUDA sources")
     version = next(line for line in run([nvcc, "--version"]).splitlines() if "release" in line)
-    return Cuda(nvcc, version, tuple(chips), tuple(gencode), sources)
+    return Cuda(nvcc, version, tuple(chips), tuple(source for source in sources if chips_of(source, chips)))
 
 
 @cache
@@ -311,11 +327,15 @@ class Builder:
             # As in C++, a product and a sum are fused only where the code says so.
             nvcc += ["-DUSE_CUDA", "-fmad=false", "--expt-relaxed-constexpr", "--threads", "0"]
             nvcc += ["-Xfatbin=-compress-all"]
-            nvcc += ["-ccbin", self.compiler_path, *self.cuda.gencode]
+            nvcc += ["-ccbin", self.compiler_path]
             nvcc += [f'-DCISC_CUDA_CHIPS="{" ".join(self.cuda.chips)}"']
             nvcc += ["-Xcompiler=-fPIC", "-Xcompiler=-fvisibility=hidden", *self.against_torch]
+            # Whether there are sources for the tensor cores of these chips.
+            for chip in ("sm80", "sm90"):
+                if any(source.stem.endswith(f"_{chip}") for source in self.cuda.sources):
+                    nvcc += [f"-DCISC_HAS_{chip.upper()}"]
             for source in self.cuda.sources:
-                command = [*nvcc, "-c", "$in", "-o", "$out"]
+                command = [*nvcc, *gencode(source, self.cuda.chips), "-c", "$in", "-o", "$out"]
                 jobs.append(Job(tuple(command), (source,), ".o", f"{self.identity} {self.cuda.version}"))
             link = [f"-L{folder}" for folder in cuda_libraries(self.cuda.nvcc)]
             link += ["-lcudart_static", "-lrt", "-lpthread", "-ldl"]

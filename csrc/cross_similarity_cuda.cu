@@ -309,22 +309,42 @@ void run_compare(const Gpu& gpu, Pairs& pairs, const Inputs& in, Kernel p) {
   });
 }
 
+// The functions of a chip's tensor cores.
+struct SweepsOfChip {
+  class_sort::Cut (*cut)(const RowShape&, Matrix, Reduction) = nullptr;
+  void (*sweep)(const Gpu&, const Sweep&) = nullptr;
+  class_sort::Cut (*screen_cut)() = nullptr;
+  void (*screen)(const Gpu&, const Sweep&) = nullptr;
+
+  // Of this GPU, as far as the library has code for it.
+  static SweepsOfChip of(const Gpu& gpu) {
+#if defined(CISC_HAS_SM90) || defined(CISC_SIMT)
+    if (gpu.capability() == 90) return {cut_sm90, sweep_sm90, cut_screen_sm90, screen_sm90};
+#endif
+#if defined(CISC_HAS_SM80) || defined(CISC_SIMT)
+    if (gpu.capability() >= 80) return {cut_sm80, sweep_sm80};
+#endif
+    return {};
+  }
+
+  bool there() const { return sweep != nullptr; }
+};
+
 // Sweeps on tensor cores, of "max", "topk" and "softmax".
 class Sweeps {
  public:
-  static constexpr int kOldest = 80;  // compute capability 8.0
   static constexpr int64_t kScreenBytes = 40 << 20;
 
   Sweeps(const Gpu& gpu, const Inputs& in, const Packing& packing, Reduction reduction)
       : gpu_(gpu),
         in_(in),
+        chip_(SweepsOfChip::of(gpu)),
         packing_(packing),
         reduction_(reduction),
         screens_(packing.bytes && reduction == Reduction::max) {
-    const class_sort::Cut cut = screens_      ? cut_screen_sm90()
-                                : on_hopper() ? cut_sm90(packing.shape, reduction)
-                                              : cut_sm80(packing.shape, reduction);
-    schedule_ = Schedule::of(in.batch(), in.slots(), in.query_pixels(), in.guide_pixels(), cut);
+    schedule_ =
+        Schedule::of(in.batch(), in.slots(), in.query_pixels(), in.guide_pixels(),
+                     screens_ ? chip_.screen_cut() : chip_.cut(packing.shape, packing.matrix(), reduction));
     const bool topk = reduction == Reduction::topk;
     // A result of each split, and a bound for all of them.
     row_bytes_ = static_cast<int64_t>(sizeof(State)) + (topk ? 8 * kFoundAtOnce + 8 : 0);
@@ -384,7 +404,7 @@ class Sweeps {
       for (finish.found_before = 0; finish.found_before < finish.k; finish.found_before += kFoundAtOnce) {
         sweep.bounds = finish.found_before > 0 ? finish.bounds : nullptr;
         finish.last = finish.found_before + kFoundAtOnce >= finish.k;
-        on_hopper() ? sweep_sm90(gpu_, sweep) : sweep_sm80(gpu_, sweep);
+        chip_.sweep(gpu_, sweep);
         finish.sweep = sweep;
         const auto kernel = reduction_ == Reduction::topk  ? finish_kernel<Reduction::topk>
                             : reduction_ == Reduction::max ? finish_kernel<Reduction::max>
@@ -398,7 +418,7 @@ class Sweeps {
   // Whether this call screens: CISC_CROSS_SCREEN=1, where the chip can.
   static bool screens(const Gpu& gpu) {
     const char* asked = std::getenv("CISC_CROSS_SCREEN");
-    return gpu.capability() == 90 && asked != nullptr && std::string(asked) == "1";
+    return SweepsOfChip::of(gpu).screen != nullptr && asked != nullptr && std::string(asked) == "1";
   }
 
   // Bins of one label each.
@@ -410,8 +430,6 @@ class Sweeps {
   }
 
  private:
-  bool on_hopper() const { return gpu_.capability() == 90; }
-
   // Of results: those of 131072 rows with their candidates fit.
   int64_t bytes_at_once() const { return screens_ ? kScreenBytes : kResultBytes; }
 
@@ -425,7 +443,7 @@ class Sweeps {
     screen.query_steps = pairs.query_bytes().steps;
     screen.guide_steps = pairs.guide_bytes().steps;
     screen.slack = Bounds::slack(in_.channels());
-    screen_sm90(gpu_, screen);
+    chip_.screen(gpu_, screen);
     gpu_.launch(flag_kernel, screen.units, kFinishThreads, 0, screen, flags);
     finish.sweep = sweep;
     finish.sweep.flags = flags;
@@ -435,6 +453,7 @@ class Sweeps {
 
   const Gpu& gpu_;
   const Inputs& in_;
+  SweepsOfChip chip_;
   Packing packing_;
   Reduction reduction_;
   bool screens_;
@@ -520,8 +539,7 @@ std::tuple<Tensor, Tensor, Tensor> cuda_forward(const Tensor& query, const Tenso
   if (similarity.numel() == 0) return {similarity, index, saved};
   const bool mean = settings.reduction == Reduction::mean, means = mean && MeanTables::serve(in);
   // Of "mean" by tables all pairs are met for the index alone.
-  const bool sweeps =
-      gpu.capability() >= Sweeps::kOldest && in.guide_pixels() > 0 && (!mean || (means && indexed));
+  const bool sweeps = SweepsOfChip::of(gpu).there() && in.guide_pixels() > 0 && (!mean || (means && indexed));
   auto packing = sweeps ? std::optional<Packing>(Packing::of(in)) : std::nullopt;
   if (packing) packing->bytes = settings.reduction == Reduction::max && Sweeps::screens(gpu);
   Pairs pairs(gpu, in, packing);

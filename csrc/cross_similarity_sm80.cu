@@ -1,5 +1,46 @@
-#include "cross_similarity_sweep.cuh"
+// Sweeps of cross_similarity on sm_80 and later chips: which shape serves which rows and reduction.
+
+#include "cross_similarity_sm80.cuh"
+
 namespace cisc::cross_similarity {
-class_sort::Cut cut_sm80(const RowShape&, Reduction) { return {128, 128, 100}; }
-void sweep_sm80(const Gpu&, const Sweep&) { fail("cross_similarity", "sm80"); }
+namespace {
+
+using namespace sm80;
+
+constexpr int kWide = 4, kNarrow = 2;   // row tiles of a warp: 256 or 128 query rows of a block
+constexpr int64_t kWantedBlocks = 216;  // units, two for each multiprocessor of a large GPU
+
+template <int kRowTiles>
+void sweep_by(const Gpu& gpu, const Sweep& sweep, const Layout& layout) {
+  switch (sweep.reduction) {
+    case Reduction::max:
+      return launch<reduce::Max<kRowTiles, false>>(gpu, sweep, layout);
+    case Reduction::softmax:
+      return launch<reduce::Softmax<kRowTiles>>(gpu, sweep, layout);
+    default:
+      if constexpr (kRowTiles == kNarrow) launch<reduce::TopK<kRowTiles>>(gpu, sweep, layout);
+  }
+}
+
+}  // namespace
+
+class_sort::Cut cut_sm80(const RowShape&, Matrix, Reduction reduction) {
+  return {rows_of(reduction == Reduction::topk ? kNarrow : kWide), kColumns, kWantedBlocks};
+}
+
+void sweep_sm80(const Gpu& gpu, const Sweep& sweep) {
+  const auto layout = [&](int row_tiles, bool resident) {
+    return Layout::of(sweep.shape, rows_of(row_tiles), resident, gpu.shared_bytes());
+  };
+  const Layout narrow = layout(kNarrow, true);
+  if (sweep.reduction == Reduction::topk) {
+    return sweep_by<kNarrow>(gpu, sweep, narrow.fits() ? narrow : layout(kNarrow, false));
+  }
+  const Layout wide = layout(kWide, true);
+  if (wide.fits() || !narrow.fits()) {
+    return sweep_by<kWide>(gpu, sweep, wide.fits() ? wide : layout(kWide, false));
+  }
+  sweep_by<kNarrow>(gpu, sweep, narrow);
+}
+
 }  // namespace cisc::cross_similarity

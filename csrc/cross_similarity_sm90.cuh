@@ -21,11 +21,13 @@ constexpr int64_t kWantedClusters = 132;  // items, two for each of a large GPU
 // How a block cuts.
 // kRowTiles_: of 64 query rows, for each group; kColumns_: guide rows of a tile; kCluster_: blocks that share
 // the guide's tiles; kResident_: query rows stay in shared memory; kInTurn_: one group multiplies while the
-// other reduces; kMoreBytes_: of shared memory, that the reducer has
+// other reduces; kHeldChunks_: query rows of exactly so many chunks stay in registers, 0: they do not;
+// kMoreBytes_: of shared memory, that the reducer has
 template <int kRowTiles_, int kColumns_, int kCluster_, bool kResident_, bool kInTurn_ = true,
-          int kMoreBytes_ = 0>
+          int kHeldChunks_ = 0, int kMoreBytes_ = 0>
 struct BlockShape {
   static constexpr int kRowTiles = kRowTiles_, kColumns = kColumns_, kCluster = kCluster_;
+  static constexpr int kHeldChunks = kHeldChunks_, kHeld = kHeldChunks > 0 ? kHeldChunks * kChunk16 / 16 : 1;
   static constexpr bool kResident = kResident_, kInTurn = kInTurn_;
   static constexpr int kRows = kGroups * kRowTiles * 64;  // of a block
   static constexpr int kSums = kColumns / 2;              // of a thread, for a tile of 64 rows
@@ -33,6 +35,7 @@ struct BlockShape {
   static constexpr int kStageBytes = kGuideBytes + (kResident ? 0 : kQueryBytes);
   static constexpr int kMoreBytes = kMoreBytes_;
 
+  static_assert(kHeldChunks == 0 || (kRowTiles == 1 && kResident), "registers for 64 rows of a group");
   static_assert(kColumns % (8 * kCluster) == 0 && kColumns / kCluster <= 256 && kRows <= 256, "boxes of TMA");
 };
 
@@ -153,16 +156,18 @@ __device__ __forceinline__ void release(Barrier* empty, int lane) {
 // The products of a group's rows with a tile, to its registers.
 template <typename S, Matrix type>
 __device__ __forceinline__ void multiply(const RowShape& shape, const Layout<S>& layout, uint32_t tiles,
-                                         int group, int lane, Barriers* barriers, Ring& ring,
+                                         int group, int lane, Barriers* barriers,
+                                         const uint32_t (&held)[S::kHeld][4], Ring& ring,
                                          // outputs
                                          SumOf<type> (&sums)[S::kRowTiles][S::kSums]) {
   constexpr int kBytes = 32;  // of a row, that an instruction multiplies
   constexpr uint64_t kTile = 64 * kChunkBytes >> 4, kNext = kBytes >> 4;  // as descriptors count
-  const int32_t steps = shape.steps();
+  constexpr int kUnrolled = S::kHeldChunks > 0 ? S::kHeldChunks : 1, kSteps = kChunkBytes / kBytes;
+  const int32_t steps = S::kHeldChunks > 0 ? S::kHeldChunks : shape.steps();
   int32_t previous = 0;
   const bool in_turn = layout.in_turn(steps);
   if (in_turn) meet(kTurn + group, kGroups * kWarpGroup);
-#pragma unroll 1
+#pragma unroll kUnrolled
   for (int32_t step = 0; step < steps; ++step) {
     barrier_wait(&barriers->full[ring.stage], ring.parity);
     const auto stage = tiles + static_cast<uint32_t>(layout.stage(ring.stage));
@@ -173,13 +178,18 @@ __device__ __forceinline__ void multiply(const RowShape& shape, const Layout<S>&
     const uint64_t a = fragments::descriptor(query), b = fragments::descriptor(stage);
     products_begin();
 #pragma unroll
-    for (int k = 0; k < kChunkBytes / kBytes; ++k) {
+    for (int k = 0; k < kSteps; ++k) {
+      const bool adds = step > 0 || k > 0;
+      if constexpr (S::kHeldChunks > 0) {
+        multiply_64<type, false>(sums[0], held[step * kSteps + k], b + k * kNext, adds);
+      } else {
 #pragma unroll
-      for (int m = 0; m < S::kRowTiles; ++m) {
-        if constexpr (type == Matrix::s8) {
-          multiply_64(sums[m], a + m * kTile + k * kNext, b + k * kNext, step > 0 || k > 0);
-        } else {
-          multiply_64<type, false>(sums[m], a + m * kTile + k * kNext, b + k * kNext, step > 0 || k > 0);
+        for (int m = 0; m < S::kRowTiles; ++m) {
+          if constexpr (type == Matrix::s8) {
+            multiply_64(sums[m], a + m * kTile + k * kNext, b + k * kNext, adds);
+          } else {
+            multiply_64<type, false>(sums[m], a + m * kTile + k * kNext, b + k * kNext, adds);
+          }
         }
       }
     }
@@ -198,6 +208,24 @@ __device__ __forceinline__ void multiply(const RowShape& shape, const Layout<S>&
   release<S>(&barriers->empty[previous], lane);
 }
 
+// The 16 rows of a warp, of all chunks, to its registers.
+template <typename S>
+__device__ __forceinline__ void hold_rows(const Layout<S>& layout, const unsigned char* tiles, int first_row,
+                                          int lane,
+                                          // outputs
+                                          uint32_t (&held)[S::kHeld][4]) {
+  // Of the four matrices [8,8] of 16 rows and 16 numbers, a lane names a row of one.
+  const int row = first_row + lane % 16, half = lane / 16;
+#pragma unroll
+  for (int chunk = 0; chunk < S::kHeldChunks; ++chunk) {
+#pragma unroll
+    for (int k = 0; k < kChunk16 / 16; ++k) {
+      load_matrices(tiles + layout.query(chunk) + fragments::swizzled(row, k * 32 + half * 16),
+                    held[chunk * (kChunk16 / 16) + k]);
+    }
+  }
+}
+
 // A group multiplies and reduces its rows of all items.
 template <typename S, Matrix type, typename Reducer>
 __device__ __forceinline__ void reduce_all(const Parameters& parameters, const Layout<S>& layout,
@@ -211,6 +239,7 @@ __device__ __forceinline__ void reduce_all(const Parameters& parameters, const L
       static_cast<int>(rank) * S::kRows + group * S::kRowTiles * 64 + fragments::first_row(warp);
   Reducer reducer(p);
   if constexpr (S::kMoreBytes > 0) reducer.take_memory(tiles + layout.more(), static_cast<int>(threadIdx.x));
+  uint32_t held[S::kHeld][4];
   Ring ring, queries;
   const bool in_turn = layout.in_turn(p.shape.steps());
   if (in_turn && group == 1) meet_without_waiting(kTurn, kGroups * kWarpGroup);
@@ -229,6 +258,9 @@ __device__ __forceinline__ void reduce_all(const Parameters& parameters, const L
         brought = true;
         barrier_wait(&barriers->query_full, queries.parity);
         queries.next(1);
+        if constexpr (S::kHeldChunks > 0) {
+          hold_rows<S>(layout, tiles, group * 64 + fragments::first_row(warp), lane, held);
+        }
       }
       reducer.segment(segment.first_query, segment.behind_query);
       for (int32_t tile = segment.first_tile; tile < segment.end_tile; ++tile) {
@@ -236,7 +268,7 @@ __device__ __forceinline__ void reduce_all(const Parameters& parameters, const L
         const auto* scales = Reducer::scales(p) + (item.image * p.guide_pixels + first);
         if constexpr (S::kMoreBytes > 0) reducer.ahead(scales);
         SumOf<type> sums[S::kRowTiles][S::kSums];
-        multiply<S, type>(p.shape, layout, shared_address(tiles), group, lane, barriers, ring, sums);
+        multiply<S, type>(p.shape, layout, shared_address(tiles), group, lane, barriers, held, ring, sums);
         reducer.tile(sums, scales, first, left < S::kColumns ? left : S::kColumns);
       }
     }

@@ -90,8 +90,8 @@ struct Sweep {
 };
 
 // How a chip cuts, for rows of this shape.
-class_sort::Cut cut_sm80(const RowShape& shape, Reduction reduction);
-class_sort::Cut cut_sm90(const RowShape& shape, Reduction reduction);
+class_sort::Cut cut_sm80(const RowShape& shape, Matrix type, Reduction reduction);
+class_sort::Cut cut_sm90(const RowShape& shape, Matrix type, Reduction reduction);
 
 void sweep_sm80(const Gpu& gpu, const Sweep& sweep);
 void sweep_sm90(const Gpu& gpu, const Sweep& sweep);

@@ -79,6 +79,14 @@ __device__ __forceinline__ uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 
+// Barriers 1 to 15 of some warps: `threads` of them, of which those that only arrive do not wait.
+__device__ __forceinline__ void meet(int number, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void meet_without_waiting(int number, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+
 // --- sm_80: a warp multiplies ---
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
@@ -243,14 +251,6 @@ __device__ __forceinline__ void keep_registers() {
 template <int count>
 __device__ __forceinline__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(count));
-}
-
-// Barriers 1 to 15 of some warps: `threads` of them, of which those that only arrive do not wait.
-__device__ __forceinline__ void meet(int number, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
-}
-__device__ __forceinline__ void meet_without_waiting(int number, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 
 // What registers hold is ready for products.

@@ -17,6 +17,9 @@ STATIC_SHARED_BYTES = 48 << 10
 LOCAL_MEMORY = ("LDL", "STL")
 """Instructions that read and write local memory: spilled registers, arrays with an index made at run time."""
 
+TENSOR_CORES = ("HMMA", "HGMMA", "IGMMA", "LDGSTS", "UTMALDG")
+"""Products by tensor cores, of a warp and of four, and the asynchronous copies that feed them."""
+
 
 def cuobjdump() -> str | None:
     """The tool: Triton brings it, or it is on PATH."""
@@ -56,7 +59,7 @@ class Kernel:
     threads: int = 0
     """Of its launch bounds; 0 without."""
     instructions: set[str] = field(default_factory=set)
-    """Those of `LOCAL_MEMORY` that it has."""
+    """Those of `LOCAL_MEMORY` and `TENSOR_CORES` that it has."""
 
 
 def _chip_of(line: str) -> str | None:
@@ -93,9 +96,9 @@ def add_threads(kernels: Iterable[Kernel], lines: Iterable[str]) -> None:
 
 
 def add_instructions(kernels: dict[tuple[str, str], Kernel], lines: Iterable[str]) -> None:
-    """Those of `LOCAL_MEMORY`, from -sass."""
+    """Those of `LOCAL_MEMORY` and `TENSOR_CORES`, from -sass."""
     chip, name = "", ""
-    wanted = re.compile(rf"\b({'|'.join(LOCAL_MEMORY)})\b")
+    wanted = re.compile(rf"\b({'|'.join((*LOCAL_MEMORY, *TENSOR_CORES))})\b")
     for line in lines:
         chip = _chip_of(line) or chip
         if function := re.match(r"\s*Function : (\S+)", line):

@@ -7,8 +7,8 @@
 Builds csrc with CISC_SANITIZE=1 into build/sanitized and runs cases S .. S + N - 1 in processes that load it.
 A case is a pure function of its seed and the list of operators; the seed also chooses the instruction set
 (CISC_ISA). With --simt it is the CUDA kernels that run, simulated on the CPU (CISC_SIMT=1), and the seed
-chooses the order of a block's threads (CISC_SIMT_ORDER) instead. Each failure is printed with its seed; a
-process that a sanitizer ends counts as one, and another goes on after it.
+chooses the order of a block's threads (CISC_SIMT_ORDER) instead, and the chip (CISC_SIMT_CHIP). Each failure
+is printed with its seed; a process that a sanitizer ends counts as one, and another goes on after it.
 Exit 0 if nothing failed, 1 otherwise.
 """
 
@@ -37,6 +37,7 @@ ISAS = {  # name: what the processor must have
     "avx512_bf16": ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"),
 }
 ORDERS = ("forward", "reverse", "shuffle")
+CHIPS = ("75", "80", "90")
 """In which a simulated block's threads run."""
 LIBRARIES = ("libasan.so", "libubsan.so", "libstdc++.so.6")
 OPTIONS = {
@@ -137,7 +138,11 @@ def run_case(seed: int, operators: tuple[str, ...], impl: str) -> tuple[list[str
     from fuzzcases import make
     from fuzzjudge import describe, judge
 
-    case = None
+    case, counted = None, []
+    if os.environ.get("CISC_SIMT_ORDER"):
+        # Each order of threads meets each chip.
+        os.environ["CISC_SIMT_CHIP"] = chip = CHIPS[seed // len(ORDERS) % len(CHIPS)]
+        counted = [f"chip {chip}"]
     try:
         case = make(seed, operators)
         arguments = describe(case.inputs)
@@ -151,7 +156,7 @@ def run_case(seed: int, operators: tuple[str, ...], impl: str) -> tuple[list[str
         failure |= {"arguments": arguments, "threads": case.threads, "message": message}
     first = next(iter(case.inputs.values()))
     dtype = str(first.dtype).removeprefix("torch.") if isinstance(first, torch.Tensor) else "none"
-    return [f"operator {case.operator}", f"kind {case.kind}", f"dtype {dtype}"], failure
+    return [*counted, f"operator {case.operator}", f"kind {case.kind}", f"dtype {dtype}"], failure
 
 
 def work(run: Callable[..., tuple[list[str], dict[str, Any] | None]] = run_case) -> None:
@@ -268,6 +273,7 @@ def summary(
         "cases": tally.counts["cases"],
         "operators": by("operator"),
         "orders" if settings.simt else "instruction_sets": by("isa"),
+        **({"chips": by("chip")} if settings.simt else {}),
         "kinds": by("kind"),
         "dtypes": by("dtype"),
         "seconds": round(seconds, 1),

@@ -285,11 +285,15 @@ def test_without_a_compiler_benchmarks_run(bare: Path) -> None:
 
 
 def test_chip_list(setup_py: ModuleType) -> None:
-    chips, flags = setup_py.parse_archs(setup_py.CUDA_ARCHS)
+    chips = setup_py.parse_archs(setup_py.CUDA_ARCHS)
     assert chips == ["sm_75", "sm_80", "sm_89", "sm_90a", "compute_90"]
+    assert setup_py.parse_archs("8.6+PTX, 12.0") == ["sm_86", "compute_86", "sm_120"]
+    flags = setup_py.gencode(Path("op_cuda.cu"), chips)
     assert flags[0] == "-gencode=arch=compute_75,code=sm_75"
     assert flags[-2:] == ["-gencode=arch=compute_90a,code=sm_90a", "-gencode=arch=compute_90,code=compute_90"]
-    assert setup_py.parse_archs("8.6+PTX, 12.0")[0] == ["sm_86", "compute_86", "sm_120"]
+    assert setup_py.chips_of(Path("op_sm80.cu"), chips) == ["sm_80", "sm_89", "compute_90"]
+    assert setup_py.chips_of(Path("op_sm90.cu"), chips) == ["sm_90a"]
+    assert setup_py.chips_of(Path("op_sm90.cu"), ["sm_80", "sm_90", "compute_90"]) == []
 
 
 def test_cuda_choice_says_why(setup_py: ModuleType, tmp_path: Path) -> None:
@@ -305,6 +309,10 @@ def test_cuda_choice_says_why(setup_py: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "new_cuda.cu").touch()
     cuda = setup_py.decide_cuda({"CUDA_HOME": str(tmp_path)}, tmp_path)
     assert (cuda.left_out, [path.name for path in cuda.sources]) == ("", ["new_cuda.cu"])
+    (tmp_path / "new_sm90.cu").touch()
+    for archs, names in (("8.0", ["new_cuda.cu"]), ("8.0;9.0a", ["new_cuda.cu", "new_sm90.cu"])):
+        cuda = setup_py.decide_cuda({"CUDA_HOME": str(tmp_path), "CISC_CUDA_ARCHS": archs}, tmp_path)
+        assert [path.name for path in cuda.sources] == names
 
 
 @compiled

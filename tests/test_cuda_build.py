@@ -19,6 +19,7 @@ from programs import needs_gcc
 from cisc_ext.ops.registry import OPERATORS
 
 SOURCES = sorted((ROOT / "csrc").glob("*.cu"))
+CHIPS = ("sm_75", "sm_80", "sm_89", "sm_90a", "compute_90")
 
 pytestmark = needs_gcc
 tools = pytest.mark.skipif(cuobjdump() is None, reason="no cuobjdump: neither Triton's nor on PATH")
@@ -99,12 +100,14 @@ def test_info_names_the_chips(package: Path) -> None:
 
 
 @tools
-def test_all_chips_are_in_it(package: Path) -> None:
+def test_all_chips_are_in_it(setup_py: ModuleType, package: Path) -> None:
+    flags = {source.stem: setup_py.gencode(source, CHIPS) for source in SOURCES}
     wanted = {
-        f"{source.stem}.{chip}"
-        for source in SOURCES
-        for chip in ("sm_75.cubin", "sm_80.cubin", "sm_89.cubin", "sm_90a.cubin", "sm_90.ptx")
+        f"{name}.{code.replace('compute', 'sm')}.{'ptx' if code.startswith('compute') else 'cubin'}"
+        for name, of_source in flags.items()
+        for code in (flag.rpartition("code=")[2] for flag in of_source)
     }
+    assert {f"{source.stem}.sm_90a.cubin" for source in SOURCES if not source.stem.endswith("_sm80")} < wanted
     assert parts(package / "cisc_ext" / "_ops.so") == wanted
 
 
@@ -128,6 +131,26 @@ def test_every_source_has_kernels_for_every_chip(kernels: list[Kernel]) -> None:
             names = (f"{source.stem}_cu", source.stem.removesuffix("_cuda"))
             of_source = [kernel for kernel in kernels if any(name in kernel.name for name in names)]
             assert {kernel.chip for kernel in of_source} == chips, source.name
+
+
+@tools
+@pytest.mark.parametrize(
+    ("namespace", "chips", "products", "copies"),
+    [
+        ("sm90", {"sm_90a"}, {"HGMMA", "IGMMA"}, "UTMALDG"),
+        ("sm80", {"sm_80", "sm_89"}, {"HMMA"}, "LDGSTS"),
+    ],
+)
+def test_products_are_made_by_tensor_cores(
+    kernels: list[Kernel], namespace: str, chips: set[str], products: set[str], copies: str
+) -> None:
+    """In every kernel that is there for them, fed by the chip's asynchronous copies."""
+    made = [kernel for kernel in kernels if re.search(rf"\d{namespace}\d+\w*_kernel", kernel.name)]
+    assert len(made) >= 8
+    for kernel in made:
+        assert kernel.chip in chips, kernel.name
+        assert kernel.instructions & products, kernel.name
+        assert copies in kernel.instructions, kernel.name
 
 
 @tools
@@ -159,7 +182,7 @@ def test_what_is_wrong_is_found(setup_py: ModuleType, tmp_path: Path) -> None:
     source = tmp_path / "made.cu"
     source.write_text(MADE)
     nvcc = setup_py.find_nvcc(os.environ)
-    chips = setup_py.parse_archs("7.5;9.0a;9.0+PTX")[1]
+    chips = setup_py.gencode(source, setup_py.parse_archs("7.5;9.0a;9.0+PTX"))
     command = [nvcc, "-O3", *chips, "-c", str(source), "-o", str(tmp_path / "made.o")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

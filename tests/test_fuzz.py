@@ -22,7 +22,7 @@ from numerics import assert_equal
 from cisc_ext.ops.registry import OPERATORS, Call, Implementation
 
 ROOT = Path(__file__).resolve().parents[1]
-CASES, SIMULATED = 2000, 300
+CASES, SIMULATED = 2000, 120
 INTERPRETED, MOST_WORK = 5, 3000
 """Cases of an operator in Triton's interpreter, which is slow, and pixels times classes of each."""
 
@@ -52,7 +52,8 @@ def test_cases_under_sanitizers(tmp_path: Path) -> None:
 
 @sanitizers
 def test_simulated_cuda_kernels_under_sanitizers(tmp_path: Path) -> None:
-    assert set(_fuzz(tmp_path, SIMULATED, "--simt")["orders"]) == set(fuzz.ORDERS)
+    result = _fuzz(tmp_path, SIMULATED, "--simt")
+    assert set(result["orders"]) == set(fuzz.ORDERS) and set(result["chips"]) == set(fuzz.CHIPS)
 
 
 @pytest.mark.parametrize("name", sorted(OPERATORS))

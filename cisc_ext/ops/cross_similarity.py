@@ -206,7 +206,6 @@ _triton_backward = opaque_op(f"{_NAME}_triton_backward", _BACKWARD_SCHEMA, _fake
 _triton.register_autograd(_backward_by(_triton_backward), setup_context=_save)
 
 
-
 @torch.compiler.assume_constant_result
 def _rounded() -> bool:
     """Whether unit vectors of float32 may be rounded to float16."""
@@ -222,7 +221,8 @@ def _cpp(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _cpp_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _fake(*arguments[:-2], arguments[-1])
+    without_rounded: tuple[Any, ...] = (*arguments[:-2], arguments[-1])
+    return _fake(*without_rounded)
 
 
 _cpp_backward = _library.compiled(f"{_NAME}_backward")

@@ -224,7 +224,32 @@ bool release() {
   return true;
 }
 
-void run_cluster(const std::vector<int>& order) {
+// Let the first warp that can go on do so; false if none can.
+bool run_a_warp(const std::vector<int>& order) {
+  for (size_t at = 0; at < order.size(); at += kWarp) {
+    const int first = order[at] / kWarp * kWarp;
+    bool goes = false;
+    int waiting = 0;
+    for (int i = first; i < first + kWarp; ++i) {
+      Coroutine& one = coroutines[static_cast<size_t>(i)];
+      if (one.waits == Waits::condition && one.condition->holds()) one.waits = Waits::nothing;
+      goes |= one.waits == Waits::nothing;
+      waiting += one.waits == Waits::warp;
+    }
+    if (waiting == kWarp) {
+      go_on(first, kWarp, Waits::warp);
+      goes = true;
+    }
+    if (!goes) continue;
+    for (int i = first; i < first + kWarp; ++i) {
+      if (coroutines[static_cast<size_t>(i)].waits == Waits::nothing) resume(i);
+    }
+    return true;
+  }
+  return false;
+}
+
+void run_cluster(const std::vector<int>& order, bool one_warp) {
   ++epoch;
   declared = 0;
   passed = 0;
@@ -235,6 +260,8 @@ void run_cluster(const std::vector<int>& order) {
   for (const int i : order) prepare(i);
   if (beside.start != nullptr) beside.start();
   do {
+    while (one_warp && run_a_warp(order)) {
+    }
     for (const int i : order) {
       if (coroutines[i].waits == Waits::nothing) resume(i);
     }
@@ -258,13 +285,14 @@ int64_t multiprocessors() {
 int chip() {
   const char* asked = std::getenv("CISC_SIMT_CHIP");
   const int number = asked != nullptr ? std::atoi(asked) : 75;
-  if (number != 75 && number != 80 && number != 90) stop("CISC_SIMT_CHIP is 75, 80 or 90");
+  if (number != 75 && number != 80 && number != 89 && number != 90)
+    stop("CISC_SIMT_CHIP is 75, 80, 89 or 90");
   return number;
 }
 
 int64_t shared_limit() {
   const int number = chip();
-  return (number == 75 ? 64 : number == 80 ? 163 : 227) << 10;
+  return (number == 75 ? 64 : number == 80 ? 163 : number == 89 ? 99 : 227) << 10;
 }
 
 void launch(int64_t blocks, int threads, int64_t shared, const std::function<void()>& what, int cluster) {
@@ -278,9 +306,11 @@ void launch(int64_t blocks, int threads, int64_t shared, const std::function<voi
   if (cluster > 1 && chip() < 90) stop("the chip has no clusters");
   const char* asked = std::getenv("CISC_SIMT_ORDER");
   const std::string wanted = asked != nullptr ? asked : "forward";
+  const bool reverse = wanted == "reverse" || wanted == "warps_reverse";
+  const bool one_warp = wanted == "warps" || wanted == "warps_reverse";
   const int count = threads * cluster;
   std::vector<int> order(static_cast<size_t>(count));
-  for (int i = 0; i < count; ++i) order[static_cast<size_t>(i)] = wanted == "reverse" ? count - 1 - i : i;
+  for (int i = 0; i < count; ++i) order[static_cast<size_t>(i)] = reverse ? count - 1 - i : i;
   std::mt19937 random(7);
   body = &what;
   threads_of_block = threads;
@@ -298,9 +328,9 @@ void launch(int64_t blocks, int threads, int64_t shared, const std::function<voi
   block_size.x = static_cast<unsigned>(threads);
   grid_size.x = static_cast<unsigned>(blocks);
   for (int64_t i = 0; i < blocks; i += cluster) {
-    first_block = wanted == "reverse" ? blocks - cluster - i : i;
+    first_block = reverse ? blocks - cluster - i : i;
     if (wanted == "shuffle") std::shuffle(order.begin(), order.end(), random);
-    run_cluster(order);
+    run_cluster(order, one_warp);
   }
 }
 

@@ -2,10 +2,11 @@
 //
 // The blocks of a launch run one after the other, those of a cluster together. Of a block, one thread runs up
 // to a barrier or an exchange in its warp, then the next one; in which order CISC_SIMT_ORDER says (forward,
-// reverse or shuffle): a kernel that lacks a barrier gives other results in another order. Shared memory
-// holds NaN when a block starts. Threads that wait at different barriers end the process, as does a warp's
-// exchange in which some do not take part. CISC_SIMT_CHIP (75, 80 or 90) is the chip: what shared memory it
-// has, and which of the instructions in asynchronous.h.
+// reverse or shuffle; warps or warps_reverse: a warp goes on as far as it can before another one does): a
+// kernel that lacks a barrier gives other results in another order. Shared memory holds NaN when a block
+// starts. Threads that wait at different barriers end the process, as does a warp's exchange in which some do
+// not take part. CISC_SIMT_CHIP (75, 80, 89 or 90) is the chip: what shared memory it has, and which of the
+// instructions in asynchronous.h.
 #pragma once
 
 #include <cmath>

@@ -9,8 +9,8 @@ namespace {
 using namespace sm90;
 
 using Screens = reduce::Screen<kGroups * kWarpGroup, 256>;
-using Held = BlockShape<1, 256, 2, true, true, Screens::kBytes>;       // rows of up to 512 numbers
-using Streamed = BlockShape<1, 256, 2, false, true, Screens::kBytes>;  // any rows
+using Held = BlockShape<1, 256, 2, true, true, 0, Screens::kBytes>;       // rows of up to 512 numbers
+using Streamed = BlockShape<1, 256, 2, false, true, 0, Screens::kBytes>;  // any rows
 
 static_assert(Held::kRows == Streamed::kRows && Held::kColumns == Streamed::kColumns, "one cut");
 

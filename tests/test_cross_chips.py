@@ -1,0 +1,197 @@
+"""cross_similarity on tensor cores: sizes of several tiles, parts of the guide and images, on each chip's
+kernels, simulated, or on the GPU that is there; the variants that a GPU is to choose among."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from fuzzdraw import Case, Draw
+from fuzzjudge import RULES
+from fuzzpairs import settle
+from opcases import CUDA_MARKS, SIMULATED, run
+from torch import Tensor
+
+from cisc_ext import ops
+from cisc_ext.ops._cross_reference import REDUCTIONS
+
+CHIPS = [
+    pytest.param(
+        "cpu", chip, id=f"simulated-{chip}", marks=pytest.mark.skipif(not SIMULATED, reason="not simulated")
+    )
+    for chip in (80, 90)
+]
+CHIPS.append(pytest.param("cuda", 0, id="cuda", marks=CUDA_MARKS))
+DEFAULTS: dict[str, Any] = {
+    "k": 8,
+    "temperature": 0.07,
+    "ignore_index": 255,
+    "return_index": True,
+    "eps": 1e-8,
+}
+VARIANTS = (
+    *("max_bits", "max_alone", "max_no_turns", "max_long", "max_long_bits", "max_held"),
+    *("softmax_long", "softmax_no_turns", "topk_short"),
+)
+
+on_chips = pytest.mark.parametrize(("device", "chip"), CHIPS)
+
+
+@pytest.fixture(autouse=True)
+def _of_chip(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    if chip := request.node.callspec.params.get("chip"):
+        monkeypatch.setenv("CISC_SIMT_CHIP", str(chip))
+
+
+def images(
+    size: tuple[int, int, int, int, int, int], classes: int, dtype: torch.dtype, seed: int = 0
+) -> dict[str, Any]:
+    """Both images, batch x channels x h x w and h' x w', labels in regions, of which some are ignored."""
+    batch, channels, h, w, guide_h, guide_w = size
+    generator = torch.Generator().manual_seed(seed)
+
+    def labels(height: int, width: int) -> Tensor:
+        coarse = torch.randint(0, classes, (batch, 3, 4), generator=generator)
+        fine = coarse.repeat_interleave(-(-height // 3), 1).repeat_interleave(-(-width // 4), 2)
+        fine = fine[:, :height, :width].contiguous()
+        return torch.where(torch.rand(fine.shape, generator=generator) < 0.05, 255, fine).to(torch.uint8)
+
+    return DEFAULTS | {
+        "query": torch.randn(batch, channels, h, w, generator=generator).to(dtype),
+        "guide": torch.randn(batch, channels, guide_h, guide_w, generator=generator).to(dtype),
+        "guide_labels": labels(guide_h, guide_w),
+        "query_labels": labels(h, w),
+    }
+
+
+def judge(inputs: dict[str, Any], device: str, needed: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """Results of the compiled kernels, judged by the rule of the fuzzer."""
+    if inputs["reduction"] == "topk":
+        inputs["query"] = inputs["query"].clone()
+        settle(Draw(0), inputs)
+    placed = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
+    got = {
+        key: value.cpu()
+        for key, value in run(ops.cross_similarity, {**placed, "impl": "cpp"}, needed).items()
+    }
+    RULES["cross_similarity"](Case(0, "cross_similarity", "value", "", inputs), got)
+    return got
+
+
+@on_chips
+@pytest.mark.parametrize("reduction", REDUCTIONS[:3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_classes_of_several_images(device: str, chip: int, dtype: torch.dtype, reduction: str) -> None:
+    """Ranges that end within tiles, one that is empty, and one that is wanted twice."""
+    inputs = images((2, 72, 23, 31, 19, 45), 3, dtype) | {"reduction": reduction}
+    del inputs["query_labels"]
+    inputs["classes"] = torch.tensor([[0, 2, -1, 7], [1, 1, 2, 255]])
+    judge(inputs, device)
+
+
+@on_chips
+@pytest.mark.parametrize("reduction", REDUCTIONS[:3])
+@pytest.mark.parametrize("labels", [torch.uint8, torch.int64])
+def test_own_labels(device: str, chip: int, labels: torch.dtype, reduction: str) -> None:
+    """Groups of query rows with several classes; of wide labels some share a bin."""
+    inputs = images((2, 40, 29, 37, 31, 23), 5, torch.bfloat16, seed=1) | {
+        "reduction": reduction,
+        "classes": None,
+    }
+    for name in ("query_labels", "guide_labels"):
+        inputs[name] = inputs[name].to(labels)
+        if labels == torch.int64:
+            inputs[name][inputs[name] == 3] = -7
+            inputs[name][inputs[name] == 4] = 1000
+    judge(inputs, device)
+
+
+@on_chips
+@pytest.mark.parametrize("reduction", REDUCTIONS[:3])
+def test_parts_of_a_guide(device: str, chip: int, reduction: str) -> None:
+    """One group of query rows against a guide that several blocks share."""
+    inputs = images((1, 64, 9, 11, 64, 96), 1, torch.float16, seed=2) | {"reduction": reduction}
+    del inputs["query_labels"]
+    inputs["classes"] = torch.zeros(1, 1, dtype=torch.int64)
+    judge(inputs, device)
+
+
+@on_chips
+@pytest.mark.parametrize("precision", ["highest", "high"])
+@pytest.mark.parametrize("channels", [256, 700])
+@pytest.mark.parametrize("reduction", REDUCTIONS[:3])
+def test_long_rows(device: str, chip: int, channels: int, precision: str, reduction: str) -> None:
+    """Rows that stay in shared memory, and such as come in pieces; two numbers for one, and rounded
+    ones, whose results are judged by float16's precision."""
+    inputs = images((1, channels, 13, 11, 17, 19), 1, torch.float32, seed=3) | {"reduction": reduction}
+    del inputs["query_labels"]
+    inputs["classes"] = torch.zeros(1, 1, dtype=torch.int64)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        if precision == "highest":
+            judge(inputs, device)
+            return
+        placed = {
+            key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()
+        }
+        got, _ = ops.cross_similarity(**placed, impl="cpp")
+    finally:
+        torch.set_float32_matmul_precision(before)
+    want, _ = ops.cross_similarity(**inputs, impl="reference")
+    assert (got.cpu() - want).abs().max() < 2.0**-11
+
+
+@on_chips
+@pytest.mark.parametrize("k", [1, 9, 40])
+def test_more_winners_than_a_sweep_finds(device: str, chip: int, k: int) -> None:
+    inputs = images((1, 16, 9, 13, 21, 27), 2, torch.float32, seed=4) | {"reduction": "topk", "k": k}
+    del inputs["query_labels"]
+    inputs["classes"] = torch.tensor([[0, 1]])
+    judge(inputs, device)
+
+
+@on_chips
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equal_vectors_and_what_is_not_finite(device: str, chip: int, dtype: torch.dtype) -> None:
+    """The lowest index of equal ones, in tiles far apart; NaN and inf count as more than all."""
+    inputs = images((1, 48, 12, 17, 30, 31), 2, dtype, seed=5) | {"reduction": "max"}
+    del inputs["query_labels"]
+    inputs["classes"] = torch.tensor([[0, 1]])
+    guide = inputs["guide"].flatten(2)
+    guide[..., 1::3] = guide[..., :1]
+    inputs["query"][..., :5] = guide[..., :1, None]
+    inputs["query"][0, :, 3, 4] = 0
+    judge(inputs, device)
+    guide[0, 7, 611] = torch.nan
+    guide[0, 7, 822] = torch.inf
+    inputs["query"][0, 1, 7, 7] = -torch.inf
+    judge(inputs, device)
+
+
+@pytest.mark.parametrize(("device", "chip"), CHIPS[1:])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants(device: str, chip: int, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if device == "cuda" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the variants are of compute capability 9.0")
+    monkeypatch.setenv("CISC_CROSS_VARIANT", variant)
+    inputs = images((1, 250, 17, 19, 23, 29), 2, torch.float16, seed=6)
+    del inputs["query_labels"]
+    inputs["classes"] = torch.tensor([[1, 0]])
+    judge(inputs | {"reduction": variant.partition("_")[0]}, device)
+
+
+@pytest.mark.parametrize(("device", "chip"), CHIPS[1:])
+def test_unknown_variant(device: str, chip: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if device == "cuda" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the variants are of compute capability 9.0")
+    monkeypatch.setenv("CISC_CROSS_VARIANT", "fastest")
+    inputs = images((1, 8, 2, 2, 2, 2), 1, torch.float16) | {"reduction": "max", "classes": None}
+    placed = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
+    with pytest.raises(
+        (ValueError, RuntimeError), match="CISC_CROSS_VARIANT must be one of max_bits, "
+    ) as error:
+        ops.cross_similarity(**placed, impl="cpp")
+    for variant in VARIANTS:
+        assert variant in str(error.value)
