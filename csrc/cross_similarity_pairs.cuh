@@ -45,7 +45,8 @@ class Pairs {
     at_once_ = std::clamp<int64_t>(kImageBytes / std::max<int64_t>(words(1) * 4, 1), 1,
                                    std::max<int64_t>(in.batch(), 1));
     if (packing_)
-      at_once_ = std::clamp<int64_t>(kPackedBytes / std::max<int64_t>(numbers(1) * 2, 1), 1, at_once_);
+      at_once_ =
+          std::clamp<int64_t>(kPackedBytes / std::max<int64_t>(numbers(1) * 2 + bytes(1), 1), 1, at_once_);
     workspace_ = device_empty(in.query, {words(at_once_)}, ScalarType::Int);
     if (packing_) packed_ = device_empty(in.query, {numbers(at_once_)}, ScalarType::Half);
     if (packing_ && packing_->bytes) bytes_ = device_empty(in.query, {bytes(at_once_)}, ScalarType::Byte);
@@ -104,6 +105,7 @@ class Pairs {
 
   // Of rows of int8 and their steps: half as much again as of packed rows, and 8 bytes a pixel.
   int64_t bytes(int64_t images) const {
+    if (!packing_->bytes) return 0;
     const int64_t pixels = images * (query_.pixels + guide_.pixels);
     return pixels * byte_width() + (pixels + 2 * kScalePad) * static_cast<int64_t>(sizeof(Step));
   }
