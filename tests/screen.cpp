@@ -76,9 +76,9 @@ Vector random_vector(int channels, int kind) {
   Vector vector(static_cast<size_t>(channels));
   for (float& value : vector) {
     value = normal();
-    if (kind == 1) value = std::fmax(value, 0.0f);              // as behind a rectifier
-    if (kind == 2) value = value * value * value * value;       // few large ones
-    if (kind == 3 && chance() % 16 != 0) value = 0.0f;          // few at all
+    if (kind == 1) value = std::fmax(value, 0.0f);         // as behind a rectifier
+    if (kind == 2) value = value * value * value * value;  // few large ones
+    if (kind == 3 && chance() % 16 != 0) value = 0.0f;     // few at all
     if (kind == 4) value = static_cast<float>(chance() % 2) - 0.5f;
     if (kind == 5) value *= 1e-3f;
   }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -196,6 +195,39 @@ def test_images_and_splits_cpp(own: bool, order: str, monkeypatch: pytest.Monkey
 def test_query_cpp(query_kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Vectors of the query that have no direction, before a guide whose all have."""
     _check(_inputs("random", 48, query_kind=query_kind), monkeypatch)
+
+
+@pytest.mark.cuda
+@needs_hopper
+@pytest.mark.parametrize("side", ["query", "guide"])
+def test_worst_rounding_cpp(side: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One component beside which all others are rounded to 0, and a vector along those: their cosine, 0.031,
+    is lost in products, and the best, beside a few pixels with one of 0.02."""
+    channels = 64
+    signs = torch.randint(2, (channels,)) * 2.0 - 1.0
+    signs[0] = 0.0
+    spiky, along = 0.49 * signs, signs / signs.norm()
+    spiky[0] = 127.0
+    stays, best = (spiky, along) if side == "query" else (along, spiky)
+    unit = stays / stays.norm()
+    others = torch.randn(1000, channels)
+    others[:, 0] = 0.0
+    others -= (others @ along)[:, None] * along
+    near = torch.full((1000, 1), -0.5)
+    near[::50] = 0.02  # few, so that all candidates find room
+    others = others / others.norm(dim=1, keepdim=True) + (near * along if side == "guide" else 0.0)
+    if side == "query":
+        others[:, :1] = near
+    others[777] = best
+    assert 0.028 < unit @ best / best.norm() < 0.032
+    inputs = {
+        "query": stays.expand(1, 300, -1).transpose(1, 2)[:, :, None],
+        "guide": others.t()[None, :, None],
+        "guide_labels": torch.zeros(1, 1, 1000, dtype=torch.uint8),
+        "classes": torch.zeros(1, 1, dtype=torch.int64),
+    }
+    _check(inputs, monkeypatch)
+    assert (_run(inputs)[1] == 777).all()
 
 
 @pytest.mark.cuda
