@@ -3,18 +3,19 @@
     python -m benchmarks.gate --out DIR [--only PART,PART] [--within SECONDS] [--triton-only]
 
 tests: all tests that need a GPU: results, runs that are alike in every bit, CUDA graphs, memory.
-targets: the rates and times that the kernels are to reach. full_step: a training step at full size, and what
-it is to reach. step: smaller ones. sanitizer: compute-sanitizer over the operators' samples.
+targets: the rates and times that the kernels are to reach. sweeps: those of pixel-level similarity in CUDA.
+full_step: a training step at full size, and what it is to reach. step: smaller ones. sanitizer:
+compute-sanitizer over the operators' samples.
 first_call: the first call of each operator in Triton, with nothing compiled before.
 kernels: every operator by every implementation against its rivals, at the published crops, as far as its time
 goes; it tests them itself unless "tests" has just passed. profile: Nsight Compute on the kernels.
 
 Each part is a process of its own with a time limit; what it measures is a JSON in DIR. As each ends,
-DIR/gate.json is rewritten, and DIR/logs.tar.gz with what all have printed, the tests' XML and
+DIR/gate.json is rewritten, and DIR/logs.tar.gz with what all have printed, the tests' XML, sanitizer.json and
 first_call.json: eight files in all. The parts run in this order, the most important first, and all end within
 8 minutes: none takes from those after it what they need at the least, and where there is less, each has its
 share. Exit 0 if every part succeeded; 1 if one failed or did not begin, if there is no GPU, or if the library
-has no CUDA kernels that run on it, unless --triton-only is given.
+has no CUDA kernels that run on it, unless --triton-only is given, which leaves out "sweeps".
 """
 
 from __future__ import annotations
@@ -56,21 +57,30 @@ class Part:
     least_s: int
     start_s: int = 0
     runs: int = 1
+    cuda_only: bool = False
+    """Whether it is of the CUDA kernels alone."""
 
     def limit_of_run(self, limit_s: float) -> int:
         return max(1, int((limit_s - self.start_s) / self.runs))
 
 
 PARTS: dict[str, Part] = {
-    "tests": Part(("benchmarks.gpu_tests", "--limit", "{limit}", "--out", "{logs}"), 240, 180, start_s=15),
-    "targets": Part(("benchmarks.targets", "{impl}", "--json", "{out}/targets_cuda.json"), 90, 50),
+    "tests": Part(("benchmarks.gpu_tests", "--limit", "{limit}", "--out", "{logs}"), 240, 170, start_s=15),
+    "targets": Part(("benchmarks.targets", "{impl}", "--json", "{out}/targets_cuda.json"), 90, 45),
+    "sweeps": Part(
+        ("benchmarks.sweeps", "--stop-after", "{limit}", "--json", "{out}/sweeps_cuda.json"),
+        most_s=110,
+        least_s=60,
+        start_s=20,
+        cuda_only=True,
+    ),
     "full_step": Part(
         (
             *("benchmarks.step", "--device", "cuda", "--full", "full", "--full-alone"),
             *("--json", "{out}/full_step_cuda.json"),
         ),
         most_s=120,
-        least_s=60,
+        least_s=50,
     ),
     "step": Part(
         (
@@ -78,16 +88,16 @@ PARTS: dict[str, Part] = {
             *("--json", "{out}/step_cuda.json"),
         ),
         most_s=60,
-        least_s=30,
+        least_s=20,
     ),
     "sanitizer": Part(
-        ("benchmarks.sanitize", "--limit", "{limit}", "--json", "{out}/sanitizer.json"),
+        ("benchmarks.sanitize", "--limit", "{limit}", "--json", "{logs}/sanitizer.json"),
         most_s=150,
-        least_s=60,
+        least_s=45,
         start_s=20,
         runs=len(sanitize.RUNS),
     ),
-    "first_call": Part(("benchmarks.first_call", "--json", "{logs}/first_call.json"), 90, 30),
+    "first_call": Part(("benchmarks.first_call", "--json", "{logs}/first_call.json"), 90, 25),
     "kernels": Part(
         (
             *("benchmarks.kernels", "--device", "cuda", "--budget", "0.1", "--stop-after", "{limit}"),
@@ -100,7 +110,7 @@ PARTS: dict[str, Part] = {
         start_s=25,
     ),
     "profile": Part(
-        ("benchmarks.profile", "--limit", "{limit}", "--json", "{out}/profile.json"), 60, 30, start_s=15
+        ("benchmarks.profile", "--limit", "{limit}", "--json", "{out}/profile.json"), 60, 25, start_s=15
     ),
 }
 
@@ -168,6 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = settings.only.split(",")
     if unknown := [name for name in names if name not in PARTS]:
         parser.error(f"--only: must be of {', '.join(PARTS)}, got {', '.join(map(repr, unknown))}")
+    names = [name for name in names if not (settings.triton_only and PARTS[name].cuda_only)]
     if not torch.cuda.is_available():
         print("error: the GPU gate needs an NVIDIA GPU that torch can use, found none", file=sys.stderr)
         return 1

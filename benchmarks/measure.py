@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ SLOW_S, LONG_S = 0.5, 5.0
 """A run that takes this long is timed less often."""
 _ROUNDS, _SLOW_ROUNDS, _LONG_ROUNDS = 5, 3, 2
 _MOST_ROUNDS = 30
+_WARM_UPS = 3
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _MIB = 2**20
 _FLUSH_BYTES = 256 * _MIB
@@ -80,6 +81,29 @@ def time_ms(fn: Callable[[], Any], *, device: str = "cpu") -> float:
     return 1e3 * (time.perf_counter() - begin)
 
 
+def captured(make: Callable[[], Callable[[], Any]], warm_ups: int = _WARM_UPS) -> Callable[[], None]:
+    """The replay of a CUDA graph of the call that `make` gives: the GPU's own time, without Python."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call = make()  # here too: backward runs on the stream of its forward
+        for _ in range(warm_ups):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        result = call()
+    replay = partial(_replay, graph, call, result)
+    replay()
+    return replay
+
+
+def _replay(graph: torch.cuda.CUDAGraph, *kept: Any) -> None:
+    """What the graph reads and writes lives as long as what replays it."""
+    graph.replay()
+
+
 def times_in_turn(
     calls: Sequence[Callable[[], Any]], *, device: str = "cpu", budget_s: float = 1.0, quick: bool = False
 ) -> list[list[float]]:
@@ -116,7 +140,7 @@ def can_measure() -> bool:
 
 @contextmanager
 def environment(**values: str) -> Iterator[None]:
-    """These variables for the processes that are started meanwhile."""
+    """These variables meanwhile, for processes that are started and for compiled code that reads them."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

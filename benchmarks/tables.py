@@ -79,6 +79,17 @@ _TARGETS = {
     "reached": "reached",
     "target": "target",
 }
+_SWEEPS = {
+    "part": "part",
+    "what": "what",
+    "dtype": "dtype",
+    "time_ms": "ms",
+    "tflops": "TFLOP/s",
+    "ratio": "ratio",
+    "extra_mib": "extra MiB",
+    "reached": "reached",
+    "target": "target",
+}
 COLUMNS: dict[str, dict[str, str]] = {
     "step": _STEP,
     "step_cuda": _STEP,
@@ -89,6 +100,7 @@ COLUMNS: dict[str, dict[str, str]] = {
     | {key: heading for key, heading in _KERNELS.items() if key not in ("op", "workload")},
     "similarity": _SIMILARITY,
     "targets_cuda": _TARGETS,
+    "sweeps_cuda": _SWEEPS,
 }
 """Per table the keys of a row to show, and their headings; a table that is not here shows every key."""
 
@@ -146,6 +158,7 @@ SOURCES = {
     "step": RESULTS / "step_cpu.json",
     "step_cuda": RESULTS / "step_cuda.json",
     "targets_cuda": RESULTS / "targets_cuda.json",
+    "sweeps_cuda": RESULTS / "sweeps_cuda.json",
     "methods": RESULTS / "methods_camvid.json",
     "methods_cuda": RESULTS / "methods_camvid_cuda.json",
 }

@@ -9,8 +9,8 @@ instructions at 128, both counted for a kernel that computes each pixel by itsel
 clock of the GPU unless `--ghz` names one; in CUDA also at most a fifth of the time and a twentieth of the
 memory of plain PyTorch (benchmarks/naive.py). masked_average_pool and prototype_similarity move their bytes
 at 0.75 (Triton) or 0.80 (CUDA) of the rate of a copy. The row maximum of cross_similarity, 131072 pixels
-against as many, reaches in Triton 400 TFLOP/s and 1.2 times the rate of PyTorch in chunks; in CUDA it has no
-target, and runs 3 times.
+against as many, reaches in Triton 400 TFLOP/s and 1.2 times the rate of PyTorch in chunks; that in CUDA is
+measured by benchmarks.sweeps.
 Times are medians of replayed CUDA graphs, each from a flushed cache: the GPU's own, without Python; those of
 plain PyTorch too, but for predict, which waits for the GPU there. `call_ms` is that of a call as it comes.
 The result is compared with the reference's, that of the row maximum for some pixels. `left_out` has the
@@ -42,6 +42,7 @@ from benchmarks.cases import (
     off,
     placed,
 )
+from benchmarks.pixel_cases import dense_case
 from benchmarks.tables import aligned
 from cisc_ext.files import write_json
 from cisc_ext.ops._workloads import CHANNELS, Size
@@ -56,9 +57,7 @@ GHZ = 1.75
 SPECIAL_PER_CLOCK, FLOAT_PER_CLOCK = 16, 128
 MORE_US = 10.0
 _COPY_BYTES = 2**30
-_RUNS, _WARM_UPS = 20, 3
-_FEW_RUNS, _FEW_WARM_UPS = 3, 1
-"""Of what has no target, and may be slow."""
+_RUNS = 20
 _INTERPOLATION = 6
 """Three linear interpolations, each a product and a multiply-add."""
 
@@ -70,7 +69,7 @@ class Targets:
     times_floor: float
     share_of_copy: float
     tflops: float | None = None
-    """Of the row maximum."""
+    """Of the row maximum; that of CUDA is measured elsewhere."""
     times_chunked: float | None = None
     times_plain: float | None = None
     """Plain PyTorch's time over the own; its memory below."""
@@ -194,23 +193,17 @@ def against_copy(case: Case, rates: Rates, time_ms: float, targets: Targets) -> 
 
 
 def against_chunked(case: Case, time_ms: float, chunked_ms: float, targets: Targets) -> dict[str, Any]:
-    """A row of the row maximum; `met` is None where there is no target."""
+    """A row of the row maximum, by an implementation that has a target for it."""
     n, m = (case.inputs[name].shape[2:].numel() for name in ("query", "guide"))
     flops = 2 * CHANNELS * n * m
     tflops, times = flops / (1e9 * time_ms), chunked_ms / time_ms
-    found = {
+    assert targets.tflops is not None and targets.times_chunked is not None
+    return {
         "flops": flops,
         "tflops": round(tflops, 1),
         "chunked_ms": round(chunked_ms, 4),
-        "target": None,
-        "reached": f"{tflops:.1f} TFLOP/s, {times:.2f} x chunked",
-        "met": None,
-    }
-    if targets.tflops is None or targets.times_chunked is None:
-        return found
-    return {
-        **found,
         "target": f"{targets.tflops:g} TFLOP/s, {targets.times_chunked} x chunked",
+        "reached": f"{tflops:.1f} TFLOP/s, {times:.2f} x chunked",
         "met": tflops >= targets.tflops and times >= targets.times_chunked,
     }
 
@@ -247,21 +240,6 @@ def cases(size: Size, device: str) -> Iterator[Case]:
                 yield Case(operator, workload, precision, one, on_device)
 
 
-def dense_case(low: tuple[int, int], dtype: torch.dtype, device: str) -> Case:
-    """Every pixel against every pixel."""
-    generator = torch.Generator().manual_seed(41)
-    query, guide = (torch.randn(1, CHANNELS, *low, generator=generator).to(device, dtype) for _ in range(2))
-    inputs = {
-        **{"query": query, "guide": guide, "reduction": "max"},
-        "guide_labels": torch.zeros(1, *low, dtype=torch.uint8, device=device),
-        "classes": torch.zeros(1, 1, dtype=torch.int64, device=device),
-    }
-    pixels = low[0] * low[1]
-    shape = {"B": 1, "C": CHANNELS, "N": pixels, "M": pixels}
-    workload = Workload(f"n{pixels}_dense_max", shape, dict, ("forward",), mode="dense", reduction="max")
-    return Case(OPERATORS["cross_similarity"], workload, dtype, "forward", inputs)
-
-
 def chunked(case: Case, chunk: int) -> Call:
     """The row maximum in PyTorch, in buffers made once."""
     guide_pixels = case.inputs["guide"].shape[2:].numel()
@@ -281,29 +259,16 @@ def chunked(case: Case, chunk: int) -> Call:
     return call
 
 
-def graph_ms(make: Callable[[], Call], runs: int = _RUNS) -> float:
+def graph_ms(make: Callable[[], Call]) -> float:
     """Median milliseconds of a replayed CUDA graph of the call that `make` gives."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call = make()  # here too: backward runs on the stream of its forward
-        for _ in range(_WARM_UPS if runs == _RUNS else _FEW_WARM_UPS):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        kept = call()
-    graph.replay()
-    times = [measure.time_ms(graph.replay, device="cuda") for _ in range(runs)]
-    del kept
-    return statistics.median(times)
+    replay = measure.captured(make)
+    return statistics.median(measure.time_ms(replay, device="cuda") for _ in range(_RUNS))
 
 
-def called_ms(call: Call, runs: int = _RUNS) -> float:
+def called_ms(call: Call) -> float:
     """Median milliseconds of a call as it comes."""
     call()
-    return statistics.median(measure.time_ms(call, device="cuda") for _ in range(runs))
+    return statistics.median(measure.time_ms(call, device="cuda") for _ in range(_RUNS))
 
 
 def obstacles(case: Case, impl: str) -> list[str]:
@@ -337,8 +302,7 @@ def rows_of(case: Case, rates: Rates, impls: Sequence[str]) -> Iterator[dict[str
     for impl in impls:
         targets = TARGETS[impl]
         wrong = off(case, implementation_call(case, impl)(), wanted)
-        runs = _FEW_RUNS if name == "cross_similarity" and targets.tflops is None else _RUNS
-        time_ms = graph_ms(lambda i=impl: implementation_call(case, i), runs)  # type: ignore[misc]
+        time_ms = graph_ms(lambda i=impl: implementation_call(case, i))  # type: ignore[misc]
         if name == "cross_similarity":
             found = against_chunked(case, time_ms, chunked_ms, targets)
         elif _bound_by(name) == "copy":
@@ -351,7 +315,7 @@ def rows_of(case: Case, rates: Rates, impls: Sequence[str]) -> Iterator[dict[str
         head = {"op": name, "workload": case.workload.name, "dtype": case.dtype_name, "pass": case.passes}
         times = {
             "time_ms": round(time_ms, 4),
-            "call_ms": round(called_ms(implementation_call(case, impl), runs), 4),
+            "call_ms": round(called_ms(implementation_call(case, impl)), 4),
         }
         yield {**head, "impl": impl, **times, **found, **({"met": False, "reached": wrong} if wrong else {})}
 
@@ -374,6 +338,8 @@ def measured(
     for case in every_case(device, quick):
         able = []
         for impl in impls:
+            if case.operator.name == "cross_similarity" and TARGETS[impl].tflops is None:
+                continue
             reasons = obstacles(case, impl)
             if not reasons:
                 able.append(impl)

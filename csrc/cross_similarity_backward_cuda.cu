@@ -8,6 +8,7 @@
 #include "cross_similarity_means.cuh"
 #include "cross_similarity_pair_gradients.cuh"
 #include "cross_similarity_pairs.cuh"
+#include "cross_similarity_sweep.cuh"
 #include "cross_similarity_winners.cuh"
 
 namespace cisc::cross_similarity {
@@ -164,9 +165,15 @@ std::tuple<Tensor, Tensor> cuda_backward(const Tensor& grad, const Tensor& simil
   p.query_pixels = in.query_pixels();
   if (max || topk) p.winners = static_cast<const int64_t*>((max ? index : saved).const_data_ptr());
   p.k = topk ? in.winners() : 1;
+  std::optional<Results> again;
+  if (softmax && by_sweep(gpu, in)) {
+    // The slopes of a small temperature magnify what two cosines of a pair differ by.
+    again = Results::of(in, false);
+    softmax_by_plain(gpu, in, again->similarity, again->saved);
+  }
   if (softmax) {
-    p.similarity = static_cast<const float*>(similarity.const_data_ptr());
-    p.log_totals = static_cast<const float*>(saved.const_data_ptr());
+    p.similarity = static_cast<const float*>((again ? again->similarity : similarity).const_data_ptr());
+    p.log_totals = static_cast<const float*>((again ? again->saved : saved).const_data_ptr());
   }
   p.steepness = settings.steepness();
   p.inverse_temperature = static_cast<float>(1.0 / settings.temperature);

@@ -514,6 +514,22 @@ void run_plain(const Gpu& gpu, Pairs& pairs, const Inputs& in, bool others, bool
   }
 }
 
+}  // namespace
+
+void softmax_by_plain(const Gpu& gpu, const Inputs& in,
+                      // outputs
+                      Tensor& similarity, Tensor& log_totals) {
+  Tensor index = device_empty(in.query, {0}, ScalarType::Long);
+  Pairs pairs(gpu, in);
+  run_plain(gpu, pairs, in, false, false, similarity, index, log_totals);
+}
+
+bool by_sweep(const Gpu& gpu, const Inputs& in) {
+  return SweepsOfChip::of(gpu).there() && in.guide_pixels() > 0;
+}
+
+namespace {
+
 // query: [B,C,h,w] float32, bfloat16 or float16, any strides
 // guide: [B,C,h',w'] float32, bfloat16 or float16, any strides
 // guide_labels, query_labels: [B,H,W] uint8, int32 or int64, any strides

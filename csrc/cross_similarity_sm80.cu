@@ -16,7 +16,8 @@ void sweep_by(const Gpu& gpu, const Sweep& sweep, const Layout& layout) {
     case Reduction::max:
       return launch<reduce::Max<kRowTiles, false>>(gpu, sweep, layout);
     case Reduction::softmax:
-      return launch<reduce::Softmax<kRowTiles>>(gpu, sweep, layout);
+      if constexpr (kRowTiles == kNarrow) launch<reduce::Softmax<kRowTiles>>(gpu, sweep, layout);
+      return;
     default:
       if constexpr (kRowTiles == kNarrow) launch<reduce::TopK<kRowTiles>>(gpu, sweep, layout);
   }
@@ -25,7 +26,7 @@ void sweep_by(const Gpu& gpu, const Sweep& sweep, const Layout& layout) {
 }  // namespace
 
 class_sort::Cut cut_sm80(const RowShape&, Matrix, Reduction reduction) {
-  return {rows_of(reduction == Reduction::topk ? kNarrow : kWide), kColumns, kWantedBlocks};
+  return {rows_of(reduction == Reduction::max ? kWide : kNarrow), kColumns, kWantedBlocks};
 }
 
 void sweep_sm80(const Gpu& gpu, const Sweep& sweep) {
@@ -33,7 +34,8 @@ void sweep_sm80(const Gpu& gpu, const Sweep& sweep) {
     return Layout::of(sweep.shape, rows_of(row_tiles), resident, gpu.shared_bytes());
   };
   const Layout narrow = layout(kNarrow, true);
-  if (sweep.reduction == Reduction::topk) {
+  // The others keep more of a row in registers.
+  if (sweep.reduction != Reduction::max) {
     return sweep_by<kNarrow>(gpu, sweep, narrow.fits() ? narrow : layout(kNarrow, false));
   }
   const Layout wide = layout(kWide, true);

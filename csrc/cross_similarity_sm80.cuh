@@ -85,10 +85,11 @@ struct Results {
     });
   }
 
-  __device__ __forceinline__ void write(const Sweep& p, int row, int64_t result) const {
+  // scale: times which the query's row is a unit vector
+  __device__ __forceinline__ void write(const Sweep& p, int row, float scale, int64_t result) const {
     State state = states[0][row];
     for (int group = 1; group < kGroups; ++group) {
-      state.merge(states[group][row], p.reduction, static_cast<double>(p.steepness));
+      state.merge(states[group][row], p.reduction, static_cast<double>(scale * p.steepness));
     }
     p.states[result] = state;
   }
@@ -111,7 +112,7 @@ struct Results<reduce::TopK<kRowTiles>> {
   }
 
   // The best of two lists, each of which has its best first.
-  __device__ __forceinline__ void write(const Sweep& p, int row, int64_t result) const {
+  __device__ __forceinline__ void write(const Sweep& p, int row, float, int64_t result) const {
     static_assert(kGroups == 2, "two lists");
     int left = 0, right = 0, count = 0;  // taken of each, and of both
     for (; count < kFoundAtOnce; ++count) {
@@ -303,7 +304,12 @@ __global__ void __launch_bounds__(kThreads, 1) sweep_kernel(const __grid_constan
   auto* results = reinterpret_cast<Results<Reducer>*>(tiles);
   results->keep(group, first_row, reducer);
   __syncthreads();
-  if (thread < kRows) results->write(p, thread, rows.result(p, item.first + thread));
+  if (thread >= kRows) return;
+  const int32_t position = item.first + thread;
+  const bool inside = position < p.query_pixels;
+  const float scale =
+      inside ? p.query_scale[static_cast<int64_t>(item.image) * p.query_pixels + position] : 0.0f;
+  results->write(p, thread, scale, rows.result(p, position));
 #endif
 }
 

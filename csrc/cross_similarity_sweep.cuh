@@ -4,6 +4,7 @@
 
 #include "class_sort.h"
 #include "cross_similarity.h"
+#include "cross_similarity_arguments.h"
 #include "cross_similarity_bounds.h"
 #include "cross_similarity_state.cuh"
 #include "cross_similarity_tiles.h"
@@ -99,5 +100,15 @@ void sweep_sm90(const Gpu& gpu, const Sweep& sweep);
 // The candidates for "max" by rows of int8; and how it cuts, as sweeps do that have flags.
 class_sort::Cut cut_screen_sm90();
 void screen_sm90(const Gpu& gpu, const Sweep& sweep);
+
+// Whether forward compares the pixels on tensor cores: cosines then differ in their last bits from the plain
+// kernel's.
+bool by_sweep(const Gpu& gpu, const Inputs& in);
+
+// "softmax" by the plain kernel, for a backward of it that goes with such a forward: of cosines in the same
+// bits. outputs, filled as for nothing that is compared: similarity and log_totals, [B,S,h,w] float32
+void softmax_by_plain(const Gpu& gpu, const Inputs& in,
+                      // outputs
+                      Tensor& similarity, Tensor& log_totals);
 
 }  // namespace cisc::cross_similarity

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gate, gpu_tests, limited, machine, step
+from benchmarks import gate, gpu_tests, limited, machine, step, sweeps
 from cisc_ext.ops.registry import OPERATORS
 
 
@@ -49,7 +49,11 @@ def test_gate_refuses_without_cuda_kernels(
     """Or it would be green without one of them having run; asked for Triton alone, it wants none."""
     monkeypatch.delenv("CISC_CUDA", raising=False)
     show = ("timeit", "-n1", "-r1", "import os; print(os.environ.get('CISC_CUDA'))")
-    made = {"targets": gate.Part(("this", "{impl}"), 60, 1), "tests": gate.Part(show, 60, 1)}
+    made = {
+        "targets": gate.Part(("this", "{impl}"), 60, 1),
+        "tests": gate.Part(show, 60, 1),
+        "sweeps": gate.Part(("this",), 60, 1, cuda_only=True),
+    }
     monkeypatch.setattr(gate, "PARTS", made)
     out = tmp_path / "out"
     monkeypatch.setattr(gate, "lacking", lambda: {"predict": "none built", "map_consistency": "none built"})
@@ -58,11 +62,11 @@ def test_gate_refuses_without_cuda_kernels(
     assert capsys.readouterr().err == error and not out.exists()
     assert gate.main(["--out", str(out), "--triton-only"]) == 0
     assert parts(out)[0]["command"] == "python -m this --impl=triton"
-    assert parts(out)[1]["tail"].startswith("0\n")
+    assert parts(out)[1]["tail"].startswith("0\n") and len(parts(out)) == 2
     monkeypatch.setattr(gate, "lacking", dict)
     assert gate.main(["--out", str(out)]) == 0
     assert parts(out)[0]["command"] == "python -m this"
-    assert parts(out)[1]["tail"].startswith("None\n")
+    assert parts(out)[1]["tail"].startswith("None\n") and len(parts(out)) == 3
 
 
 def test_cuda_kernels_are_asked_for_of_every_operator(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,6 +136,7 @@ def test_the_gates_commands_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 30
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert sweeps.parse(filled["sweeps"]).stop_after == 9
     asked = [step.parse(filled[name]) for name in ("full_step", "step")]
     assert [(one.full, one.full_alone) for one in asked] == [("full", True), ("none", False)]
     for part in gate.PARTS.values():
@@ -170,7 +175,7 @@ def test_time_that_a_part_leaves_goes_to_the_next(
     monkeypatch.setattr(limited, "run", lambda *_, **__: limited.Ran(0, "", 0.0))
     assert gate.main(["--out", str(tmp_path)]) == 0
     limits = {part["name"]: part["limit_s"] for part in parts(tmp_path)}
-    assert limits.pop("tests") >= 175
+    assert limits.pop("tests") >= 165
     assert limits == {name: gate.PARTS[name].most_s for name in limits}
 
 

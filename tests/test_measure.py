@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import time
+import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -85,3 +90,39 @@ def test_facts_name_triton_and_the_driver(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_version_of_what_is_not_installed() -> None:
     assert machine.version("torch") and machine.version("no-such-package") is None
+
+
+def test_what_a_graph_reads_and_writes_lives_as_long_as_its_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(
+        torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: done.append("replayed"))
+    )
+    buffers: list[weakref.ref[torch.Tensor]] = []
+
+    def make() -> Callable[[], torch.Tensor]:
+        buffer = torch.zeros(3)
+        buffers.append(weakref.ref(buffer))
+
+        def call() -> torch.Tensor:
+            done.append("called")
+            result = buffer + 1
+            buffers.append(weakref.ref(result))
+            return result
+
+        return call
+
+    replay = measure.captured(make)
+    assert done == ["called"] * 4 + ["replayed"]
+    gc.collect()
+    assert buffers[0]() is not None and buffers[-1]() is not None and buffers[-2]() is None
+    replay()
+    assert done[-2:] == ["replayed"] * 2
+    del replay
+    gc.collect()
+    assert buffers[0]() is None and buffers[-1]() is None

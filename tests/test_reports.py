@@ -89,6 +89,21 @@ def test_a_gpus_table_names_the_winner(tmp_path: Path) -> None:
     assert lines[-1].startswith("a GPU, torch 2")
 
 
+def test_the_sweeps_table_shows_what_was_reached(tmp_path: Path) -> None:
+    row = {
+        **{"part": "dense", "what": "max", "dtype": "float16", "time_ms": 12.3, "tflops": 715.0},
+        **{"extra_mib": 158.2, "reached": "715 TFLOP/s", "target": ">= 700 TFLOP/s", "met": True},
+    }
+    path = tmp_path / "sweeps.json"
+    gpu = {"device": "cuda", "machine": {"gpu": "a GPU"}, "rows": [row]}
+    path.write_text(json.dumps({**kernels_result(), **gpu}))
+    lines = tables.table("sweeps_cuda", path).splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (lines[0], lines[2])]
+    assert cells[0] == list(tables.COLUMNS["sweeps_cuda"].values())
+    assert cells[1] == ["dense", "max", "float16", "12.3", "715", "", "158", "715 TFLOP/s", ">= 700 TFLOP/s"]
+    assert "<!-- sweeps_cuda:begin -->" in (machine.ROOT / "README.md").read_text()
+
+
 def test_a_result_of_a_gpu_may_be_awaited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(tables.SOURCES, "kernels_cuda", tmp_path / "none.json")
     text = "<!-- kernels_cuda:begin -->\n<!-- kernels_cuda:end -->"

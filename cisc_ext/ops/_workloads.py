@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,12 +63,25 @@ def sizes() -> Iterator[tuple[Size, bool]]:
 
 
 def regions(
-    batch: int, height: int, width: int, classes: int, generator: torch.Generator, *, crop: bool = True
+    batch: int,
+    height: int,
+    width: int,
+    classes: int,
+    generator: torch.Generator,
+    *,
+    crop: bool = True,
+    shares: Sequence[float] | None = None,
 ) -> Tensor:
-    """Labels [B,H,W] uint8 in square regions, each class alike; as a crop, with class 0 in the first quarter
-    of each image and a tenth of the other regions ignored."""
-    rows, columns = -(-height // _REGION) + 1, -(-width // _REGION) + 1
-    low = torch.randint(0, classes, (batch, rows, columns), generator=generator)
+    """Labels [B,H,W] uint8 in square regions, each class alike, or as frequent as its share of `shares` says;
+    as a crop, with class 0 in the first quarter of each image and a tenth of the other regions ignored."""
+    shape = (batch, -(-height // _REGION) + 1, -(-width // _REGION) + 1)
+    rows, columns = shape[1:]
+    if shares is None:
+        low = torch.randint(0, classes, shape, generator=generator)
+    else:
+        count = batch * rows * columns
+        drawn = torch.multinomial(torch.tensor(shares), count, replacement=True, generator=generator)
+        low = drawn.view(shape)
     if crop:
         low[torch.rand(low.shape, generator=generator) < _IGNORED] = IGNORE_INDEX
         low[:, : rows // 2, : columns // 2] = 0

@@ -815,7 +815,6 @@ void set_registers(int count, bool more) {
 }
 
 void meet(int number, int threads, bool waits) {
-  want_chip(90);
   if (number < 1 || number > 15) stop("barriers of warps are numbered from 1 to 15");
   if (threads < kWarp || threads % kWarp != 0 || threads > block_threads()) stop("a barrier of whole warps");
   Meeting& meeting = meetings[static_cast<size_t>(block_rank())][static_cast<size_t>(number)];
