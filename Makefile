@@ -25,7 +25,7 @@ BUILT := .venv/.built-$(call hash,setup.py pyproject.toml Makefile $(wildcard cs
 
 SIMULATED := test_ops.py test_golden.py test_ops_rules.py test_ops_properties.py test_ops_special.py \
     test_ops_errors.py test_cross_similarity.py test_gpu_cases.py test_cuda_losses.py \
-    test_cuda_features.py test_cross_chips.py
+    test_cuda_features.py test_cross_chips.py test_screened.py
 
 .PHONY: help setup demo test soak lint format bench gpu
 

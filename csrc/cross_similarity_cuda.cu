@@ -6,6 +6,8 @@
 // takes no pairs but for its index: see cross_similarity_means.cuh.
 
 #include <algorithm>
+#include <cstdlib>
+#include <string>
 #include <tuple>
 
 #include "cross_similarity_finish.cuh"
@@ -311,11 +313,13 @@ void run_compare(const Gpu& gpu, Pairs& pairs, const Inputs& in, Kernel p) {
 struct SweepsOfChip {
   class_sort::Cut (*cut)(const RowShape&, Matrix, Reduction) = nullptr;
   void (*sweep)(const Gpu&, const Sweep&) = nullptr;
+  class_sort::Cut (*screen_cut)() = nullptr;
+  void (*screen)(const Gpu&, const Sweep&) = nullptr;
 
   // Of this GPU, as far as the library has code for it.
   static SweepsOfChip of(const Gpu& gpu) {
 #if defined(CISC_HAS_SM90) || defined(CISC_SIMT)
-    if (gpu.capability() == 90) return {cut_sm90, sweep_sm90};
+    if (gpu.capability() == 90) return {cut_sm90, sweep_sm90, cut_screen_sm90, screen_sm90};
 #endif
 #if defined(CISC_HAS_SM80) || defined(CISC_SIMT)
     if (gpu.capability() >= 80) return {cut_sm80, sweep_sm80};
@@ -329,14 +333,24 @@ struct SweepsOfChip {
 // Sweeps on tensor cores, of "max", "topk" and "softmax".
 class Sweeps {
  public:
+  static constexpr int64_t kScreenBytes = 40 << 20;
+
   Sweeps(const Gpu& gpu, const Inputs& in, const Packing& packing, Reduction reduction)
-      : gpu_(gpu), in_(in), chip_(SweepsOfChip::of(gpu)), packing_(packing), reduction_(reduction) {
-    schedule_ = Schedule::of(in.batch(), in.slots(), in.query_pixels(), in.guide_pixels(),
-                             chip_.cut(packing.shape, packing.matrix(), reduction));
+      : gpu_(gpu),
+        in_(in),
+        chip_(SweepsOfChip::of(gpu)),
+        packing_(packing),
+        reduction_(reduction),
+        screens_(packing.bytes && reduction == Reduction::max) {
+    schedule_ =
+        Schedule::of(in.batch(), in.slots(), in.query_pixels(), in.guide_pixels(),
+                     screens_ ? chip_.screen_cut() : chip_.cut(packing.shape, packing.matrix(), reduction));
     const bool topk = reduction == Reduction::topk;
     // A result of each split, and a bound for all of them.
     row_bytes_ = static_cast<int64_t>(sizeof(State)) + (topk ? 8 * kFoundAtOnce + 8 : 0);
-    results_ = schedule_.units_at_once(kResultBytes, row_bytes_) * schedule_.splits * schedule_.rows;
+    // Or the candidates of each, and a flag for all rows of a unit.
+    if (screens_) row_bytes_ += 4 * kCandidates + 8;
+    results_ = schedule_.units_at_once(bytes_at_once(), row_bytes_) * schedule_.splits * schedule_.rows;
     workspace_ = device_empty(in.query, {results_ * row_bytes_ / 8}, ScalarType::Long);
   }
 
@@ -350,6 +364,11 @@ class Sweeps {
     sweep.guide_rows = pairs.guide_rows().data;
     sweep.query_scale = pairs.query_rows().scale;
     sweep.guide_scale = pairs.guide_rows().scale;
+    // Of float16 rows whose rest is left out, two lengths are off by 2^-11.
+    const float error = packing_.form == Form::rounded ? 0x1.1p-10f : 0.0f;
+    sweep.packed = {
+        sweep.type,        sweep.shape, pairs.query_rows().data, pairs.guide_rows().data, sweep.query_scale,
+        sweep.guide_scale, error};
     sweep.images = static_cast<int32_t>(images);
     sweep.query_pixels = static_cast<int32_t>(in_.query_pixels());
     sweep.guide_pixels = static_cast<int32_t>(in_.guide_pixels());
@@ -367,15 +386,21 @@ class Sweeps {
     int64_t* memory = data_of<int64_t>(workspace_);
     sweep.states = reinterpret_cast<State*>(memory);
     sweep.winners = memory + results_ * static_cast<int64_t>(sizeof(State)) / 8;
+    sweep.candidates = reinterpret_cast<int32_t*>(sweep.winners);
+    auto* const flags = sweep.candidates + results_ * kCandidates;
     finish.bounds = sweep.winners + results_ * kFoundAtOnce;
     finish.query = pairs.query();
     finish.guide = pairs.guide();
     finish.form = packing_.form;
     check(schedule_.units() <= INT32_MAX, kForward, "these shapes have too many classes and pixels");
-    const int64_t step = schedule_.units_at_once(kResultBytes, row_bytes_);
+    const int64_t step = schedule_.units_at_once(bytes_at_once(), row_bytes_);
     for (int64_t first = 0; first < schedule_.units(); first += step) {
       sweep.first_unit = static_cast<int32_t>(first);
       sweep.units = static_cast<int32_t>(std::min(step, schedule_.units() - first));
+      if (screens_) {
+        screen(pairs, sweep, finish, flags);
+        sweep.flags = flags;
+      }
       for (finish.found_before = 0; finish.found_before < finish.k; finish.found_before += kFoundAtOnce) {
         sweep.bounds = finish.found_before > 0 ? finish.bounds : nullptr;
         finish.last = finish.found_before + kFoundAtOnce >= finish.k;
@@ -390,15 +415,43 @@ class Sweeps {
     }
   }
 
+  // Whether this call screens: CISC_CROSS_SCREEN=1, where the chip can.
+  static bool screens(const Gpu& gpu) {
+    const char* asked = std::getenv("CISC_CROSS_SCREEN");
+    return SweepsOfChip::of(gpu).screen != nullptr && asked != nullptr && std::string(asked) == "1";
+  }
+
   // Bins of one label each.
   static int32_t bins_of(const Inputs& in) { return wide_labels(in) ? kBins - 1 : kBins; }
 
  private:
+  // Of results: those of 131072 rows with their candidates fit.
+  int64_t bytes_at_once() const { return screens_ ? kScreenBytes : kResultBytes; }
+
+  // The best of units whose candidates are all there; the others have a flag.
+  void screen(const Pairs& pairs, const Sweep& sweep, Finish finish, int32_t* flags) const {
+    Sweep screen = sweep;
+    screen.type = Matrix::s8;
+    screen.shape = {packing_.byte_chunks(), false};
+    screen.query_rows = pairs.query_bytes().data;
+    screen.guide_rows = pairs.guide_bytes().data;
+    screen.query_steps = pairs.query_bytes().steps;
+    screen.guide_steps = pairs.guide_bytes().steps;
+    screen.slack = Bounds::slack(in_.channels());
+    chip_.screen(gpu_, screen);
+    gpu_.launch(flag_kernel, screen.units, kFinishThreads, 0, screen, flags);
+    finish.sweep = sweep;
+    finish.sweep.flags = flags;
+    gpu_.launch(finish_screen_kernel, ceil_div(screen.units * schedule_.rows * kWarp, kFinishThreads),
+                kFinishThreads, 0, finish, screen);
+  }
+
   const Gpu& gpu_;
   const Inputs& in_;
   SweepsOfChip chip_;
   Packing packing_;
   Reduction reduction_;
+  bool screens_;
   Schedule schedule_{};
   int64_t row_bytes_ = 0, results_ = 0;
   Tensor workspace_;
@@ -498,7 +551,8 @@ std::tuple<Tensor, Tensor, Tensor> cuda_forward(const Tensor& query, const Tenso
   const bool mean = settings.reduction == Reduction::mean, means = mean && MeanTables::serve(in);
   // Of "mean" by tables all pairs are met for the index alone.
   const bool sweeps = SweepsOfChip::of(gpu).there() && in.guide_pixels() > 0 && (!mean || (means && indexed));
-  const auto packing = sweeps ? std::optional<Packing>(Packing::of(in)) : std::nullopt;
+  auto packing = sweeps ? std::optional<Packing>(Packing::of(in)) : std::nullopt;
+  if (packing) packing->bytes = settings.reduction == Reduction::max && Sweeps::screens(gpu);
   Pairs pairs(gpu, in, packing);
   if (sweeps) {
     Finish finish{};

@@ -9,7 +9,6 @@ namespace cisc::cross_similarity {
 namespace {
 
 constexpr int kFinishThreads = 128;
-constexpr int kRowNumbers = 8;  // of 16 bits, that a thread reads at once
 
 struct Finish {
   Sweep sweep;
@@ -25,40 +24,26 @@ struct Finish {
   float* log_totals;  // [B,S,h,w] of "softmax"
   int64_t* bounds;    // [units,rows] of "topk": Sweep::bounds of the next one
 
-  __device__ __forceinline__ float widen(uint16_t bits) const {
-    return sweep.type == Matrix::bf16 ? BFloat16{bits}.widen() : Float16{bits}.widen();
-  }
-
   // Cosine of two pixels, to all threads of a warp.
   __device__ __forceinline__ float cosine(int64_t image, int64_t query_position,
                                           int64_t guide_position) const {
     const int64_t row = image * query.pixels + query_position, other = image * guide.pixels + guide_position;
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    if (form != Form::rounded) return sweep.packed.cosine(row, other);
+    const int64_t b = query.first + image;
+    const int64_t pixel = query.pixel_at(b, query_position), there = guide.pixel_at(b, guide_position);
     float sum = 0.0f;
-    if (form == Form::rounded) {
-      const int64_t b = query.first + image;
-      const int64_t pixel = query.pixel_at(b, query_position), there = guide.pixel_at(b, guide_position);
-      for (int64_t c = lane; c < query.channels; c += kWarp) {
-        sum = fmaf(query.unit(b, pixel, c), guide.unit(b, there, c), sum);
-      }
-      return warp_sum(sum);
+    for (int64_t c = static_cast<int>(threadIdx.x) % kWarp; c < query.channels; c += kWarp) {
+      sum = fmaf(query.unit(b, pixel, c), guide.unit(b, there, c), sum);
     }
-    const int64_t width = sweep.shape.width(), rest = static_cast<int64_t>(sweep.shape.chunks) * kChunk16;
-    const uint16_t *a = sweep.query_rows + row * width, *b = sweep.guide_rows + other * width;
-    for (int64_t c = lane * kRowNumbers; c < rest; c += kWarp * kRowNumbers) {
-      const auto left = read_pack<kRowNumbers>(a + c), right = read_pack<kRowNumbers>(b + c);
-      Pack<uint16_t, kRowNumbers> left_rest{}, right_rest{};
-      if (form == Form::split) {
-        left_rest = read_pack<kRowNumbers>(a + rest + c);
-        right_rest = read_pack<kRowNumbers>(b + rest + c);
-      }
-#pragma unroll
-      for (int i = 0; i < kRowNumbers; ++i) {
-        sum = fmaf(widen(left.at[i]) + widen(left_rest.at[i]), widen(right.at[i]) + widen(right_rest.at[i]),
-                   sum);
-      }
-    }
-    return warp_sum(sum) * (sweep.query_scale[row] * sweep.guide_scale[other]);
+    return warp_sum(sum);
+  }
+
+  // Of "max", by one thread of a warp.
+  __device__ __forceinline__ void write_best(int64_t place, int64_t image, float value,
+                                             int32_t guide_position) const {
+    if (threadIdx.x % kWarp != 0) return;
+    if (values) similarity[place] = value;
+    if (index != nullptr) index[place] = guide.pixel_at(guide.first + image, guide_position);
   }
 };
 
@@ -113,7 +98,7 @@ __global__ void __launch_bounds__(kFinishThreads) finish_kernel(Finish p) {
   const Sweep& sweep = p.sweep;
   const int64_t row = (static_cast<int64_t>(blockIdx.x) * kFinishThreads + threadIdx.x) / kWarp;
   const auto unit = static_cast<int32_t>(row / sweep.rows);
-  if (unit >= sweep.units) return;
+  if (unit >= sweep.units || sweep.skips(unit)) return;
   const auto item = Item<1>::of(sweep, unit);
   const int64_t position = item.first + row % sweep.rows, b = p.query.first + item.image;
   if (position >= p.query.count(b)) return;
@@ -132,15 +117,57 @@ __global__ void __launch_bounds__(kFinishThreads) finish_kernel(Finish p) {
   if (reduction == Reduction::max) {
     if (state.index < 0) return;
     const float value = p.values ? p.cosine(item.image, position, state.index) : 0.0f;
-    if (lane != 0) return;
-    if (p.values) p.similarity[place] = value;
-    if (p.index != nullptr) p.index[place] = p.guide.pixel_at(p.guide.first + item.image, state.index);
+    p.write_best(place, item.image, value, state.index);
   } else {
     if (state.total == 0.0 || lane != 0) return;
     float log_total;
     p.similarity[place] = state.mean(scale, steepness, &log_total);
     p.log_totals[place] = log_total;
   }
+}
+
+// A block has a unit that was screened: whether candidates of any row are lacking.
+__global__ void __launch_bounds__(kFinishThreads) flag_kernel(Sweep screen,
+                                                              // outputs
+                                                              int32_t* flags /* [units] */) {
+  CISC_SHARED(found, int);
+  if (threadIdx.x == 0) found = 0;
+  __syncthreads();
+  const int64_t rows = static_cast<int64_t>(screen.splits) * screen.rows, first = blockIdx.x * rows;
+  for (int64_t row = threadIdx.x; row < rows; row += kFinishThreads) {
+    if (screen.states[first + row].open != 0) found = 1;  // whoever writes, the same
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) flags[blockIdx.x] = found;
+}
+
+// A warp has a query row of a unit that was screened: the best of its candidates by their cosines in float32.
+// Units with a flag are left to another sweep, that of `p`.
+__global__ void __launch_bounds__(kFinishThreads) finish_screen_kernel(Finish p, Sweep screen) {
+  const int64_t row = (static_cast<int64_t>(blockIdx.x) * kFinishThreads + threadIdx.x) / kWarp;
+  const auto unit = static_cast<int32_t>(row / screen.rows);
+  if (unit >= screen.units || !p.sweep.skips(unit)) return;
+  const auto item = Item<1>::of(screen, unit);
+  const int64_t position = item.first + row % screen.rows, b = p.query.first + item.image;
+  if (position >= p.query.count(b)) return;
+  const int64_t result = static_cast<int64_t>(unit) * screen.splits * screen.rows + row % screen.rows;
+  float least = -kInfinity;
+  for (int32_t split = 0; split < screen.splits; ++split) {
+    least = ::fmaxf(least, screen.states[result + split * static_cast<int64_t>(screen.rows)].best);
+  }
+  State best = State::none();
+  for (int32_t split = 0; split < screen.splits; ++split) {
+    const int64_t from = result + split * static_cast<int64_t>(screen.rows);
+    const State& state = screen.states[from];
+    if (!(state.top >= least)) continue;
+    for (int32_t i = 0; i < state.index; ++i) {
+      const int32_t candidate = screen.candidates[from * kCandidates + i];
+      best.merge_best(p.cosine(item.image, position, candidate), candidate);
+    }
+  }
+  if (best.index < 0) return;
+  const int64_t place = (b * screen.slots + item.slot) * p.query.pixels + p.query.pixel_at(b, position);
+  p.write_best(place, item.image, best.best, best.index);
 }
 
 }  // namespace

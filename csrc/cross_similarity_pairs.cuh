@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <optional>
 
+#include "cross_similarity_bytes.cuh"
 #include "cross_similarity_rows.cuh"
 #include "tensor_cores.cuh"
 
@@ -17,7 +18,8 @@ struct Packing {
   Form form;
   Float kind;  // of the rows' numbers
   RowShape shape;
-  bool finite;  // NaN is in the scales alone: see pack_kernel
+  bool finite;         // NaN is in the scales alone: see pack_kernel
+  bool bytes = false;  // as int8, too
 
   static Packing of(const Inputs& in, bool finite = false) {
     const Float query = float_kind(in.query.scalar_type()), guide = float_kind(in.guide.scalar_type());
@@ -25,6 +27,9 @@ struct Packing {
     const Form form = alike ? Form::exact : in.settings.rounded ? Form::rounded : Form::split;
     return {form, alike ? query : Float::f16, RowShape::of(in.channels(), form), finite};
   }
+
+  // Chunks of a row of int8.
+  int32_t byte_chunks() const { return (shape.chunks + 1) / 2; }
 
   Matrix matrix() const { return kind == Float::bf16 ? Matrix::bf16 : Matrix::f16; }
 };
@@ -47,9 +52,11 @@ class Pairs {
     at_once_ = std::clamp<int64_t>(kImageBytes / std::max<int64_t>(words(1) * 4, 1), 1,
                                    std::max<int64_t>(in.batch(), 1));
     if (packing_)
-      at_once_ = std::clamp<int64_t>(kPackedBytes / std::max<int64_t>(numbers(1) * 2, 1), 1, at_once_);
+      at_once_ =
+          std::clamp<int64_t>(kPackedBytes / std::max<int64_t>(numbers(1) * 2 + bytes(1), 1), 1, at_once_);
     workspace_ = device_empty(in.query, {words(at_once_)}, ScalarType::Int);
     if (packing_) packed_ = device_empty(in.query, {numbers(at_once_)}, ScalarType::Half);
+    if (packing_ && packing_->bytes) bytes_ = device_empty(in.query, {bytes(at_once_)}, ScalarType::Byte);
     classes_ = {own() ? Classes{} : classes_of(*in.classes), own()};
   }
 
@@ -58,6 +65,8 @@ class Pairs {
   const SlotClasses& classes() const { return classes_; }
   const Rows& query_rows() const { return query_rows_; }
   const Rows& guide_rows() const { return guide_rows_; }
+  const Bytes& query_bytes() const { return query_bytes_; }
+  const Bytes& guide_bytes() const { return guide_bytes_; }
 
   // f(images), with the sides of so many ready
   template <typename Function>
@@ -101,6 +110,19 @@ class Pairs {
     return images * (query_.pixels + guide_.pixels) * packing_->shape.width();
   }
 
+  // Of rows of int8 and their steps: half as much again as of packed rows, and 8 bytes a pixel.
+  int64_t bytes(int64_t images) const {
+    if (!packing_->bytes) return 0;
+    const int64_t pixels = images * (query_.pixels + guide_.pixels);
+    return pixels * byte_width() + (pixels + 2 * kScalePad) * static_cast<int64_t>(sizeof(Step));
+  }
+  int64_t byte_width() const { return static_cast<int64_t>(packing_->byte_chunks()) * kChunkBytes; }
+
+  void quantise(const Side& side, const Rows& rows, int64_t images, const Bytes& bytes) const {
+    gpu_.launch(quantise_kernel, ceil_div(images * side.pixels * kWarp, kQuantiseThreads), kQuantiseThreads,
+                0, side, images, packing_->form, packing_->kind, packing_->shape, rows, bytes);
+  }
+
   void prepare(int64_t b, int64_t images) {
     int32_t* next = data_of<int32_t>(workspace_);
     uint16_t* packed = packing_ ? data_of<uint16_t>(*packed_) : nullptr;
@@ -134,6 +156,14 @@ class Pairs {
     };
     ready(query_, query_rows_, own());
     ready(guide_, guide_rows_, true);
+    if (!bytes_) return;
+    const int64_t width = byte_width();
+    auto* rows = data_of<int8_t>(*bytes_);
+    auto* steps = reinterpret_cast<Step*>(rows + images * (query_.pixels + guide_.pixels) * width);
+    query_bytes_ = {rows, steps, width};
+    guide_bytes_ = {rows + images * query_.pixels * width, steps + images * query_.pixels + kScalePad, width};
+    quantise(query_, query_rows_, images, query_bytes_);
+    quantise(guide_, guide_rows_, images, guide_bytes_);
   }
 
   const Gpu& gpu_;
@@ -141,10 +171,11 @@ class Pairs {
   std::optional<Packing> packing_;
   Side query_, guide_;
   Rows query_rows_{}, guide_rows_{};
+  Bytes query_bytes_{}, guide_bytes_{};
   SlotClasses classes_{};
   int64_t at_once_ = 1;
   Tensor workspace_;
-  std::optional<Tensor> packed_;
+  std::optional<Tensor> packed_, bytes_;
 };
 
 }  // namespace

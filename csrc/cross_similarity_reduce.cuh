@@ -2,6 +2,7 @@
 // of which a thread has two rows and every fourth pair of columns (fragments::row, column).
 //
 // A reducer lives in registers while a group of query rows meets the guide:
+//   scales(sweep)        what it is to have of the guide's rows
 //   begin(rows)          a new group; rows.position(m, half) are the query's positions
 //   segment(first, behind)  those positions meet the next tiles; others let them pass
 //   tile(sums, scales, first, columns)  a tile's products; it begins at position `first`, and has `columns`
@@ -108,6 +109,8 @@ struct Max {
 
   __device__ explicit Max(const Sweep&) {}
 
+  __device__ __forceinline__ static const float* scales(const Sweep& sweep) { return sweep.guide_scale; }
+
   __device__ __forceinline__ void begin(const Place& place) {
     place_ = place;
     CISC_UNROLL
@@ -193,6 +196,8 @@ struct TopK {
   static constexpr float kHidden = -kInfinity;
 
   __device__ explicit TopK(const Sweep&) {}
+
+  __device__ __forceinline__ static const float* scales(const Sweep& sweep) { return sweep.guide_scale; }
 
   __device__ __forceinline__ void begin(const Place& place) {
     place_ = place;
@@ -329,6 +334,8 @@ struct Softmax {
   static constexpr float kMost = 128.0f;
 
   __device__ explicit Softmax(const Sweep& sweep) : steepness_(sweep.steepness) {}
+
+  __device__ __forceinline__ static const float* scales(const Sweep& sweep) { return sweep.guide_scale; }
 
   __device__ __forceinline__ void begin(const Place& place) {
     place_ = place;

@@ -15,13 +15,6 @@ using Wide = BlockShape<2, 128, 2, true>;       // 256 query rows of up to 256 n
 using Long = BlockShape<1, 256, 2, true>;       // 128 query rows of up to 512 numbers
 using Streamed = BlockShape<1, 256, 2, false>;  // any rows
 
-constexpr int kFewestStages = 3;
-
-template <typename S>
-bool fits(const RowShape& shape) {
-  return Layout<S>::of(shape).stages >= kFewestStages;
-}
-
 template <typename S>
 class_sort::Cut cut_of() {
   return {S::kRows * S::kCluster, S::kColumns, kWantedClusters};
@@ -80,10 +73,10 @@ void sweep_by(const Gpu& gpu, const Sweep& sweep) {
   }
 }
 
-// f(shape) for rows and a reduction
+// f(shape) for rows and a reduction; flagged: as what has set the flags
 template <typename Function>
-auto with_shape(const RowShape& shape, Reduction reduction, const Function& f) {
-  if (reduction != Reduction::topk && fits<Wide>(shape)) return f(Wide{});
+auto with_shape(const RowShape& shape, Reduction reduction, bool flagged, const Function& f) {
+  if (reduction != Reduction::topk && !flagged && fits<Wide>(shape)) return f(Wide{});
   if (fits<Long>(shape)) return f(Long{});
   return f(Streamed{});
 }
@@ -92,13 +85,14 @@ auto with_shape(const RowShape& shape, Reduction reduction, const Function& f) {
 
 class_sort::Cut cut_sm90(const RowShape& shape, Matrix type, Reduction reduction) {
   if (const Variant* one = variant_of(shape, type, reduction)) return one->cut();
-  return with_shape(shape, reduction, [](auto s) { return cut_of<decltype(s)>(); });
+  return with_shape(shape, reduction, false, [](auto s) { return cut_of<decltype(s)>(); });
 }
 
 void sweep_sm90(const Gpu& gpu, const Sweep& sweep) {
-  if (const Variant* one = variant_of(sweep.shape, sweep.type, sweep.reduction))
-    return one->sweep(gpu, sweep);
-  with_shape(sweep.shape, sweep.reduction, [&](auto s) {
+  const Variant* one =
+      sweep.flags == nullptr ? variant_of(sweep.shape, sweep.type, sweep.reduction) : nullptr;
+  if (one != nullptr) return one->sweep(gpu, sweep);
+  with_shape(sweep.shape, sweep.reduction, sweep.flags != nullptr, [&](auto s) {
     using S = decltype(s);
     if (sweep.type == Matrix::bf16) return sweep_by<S, Matrix::bf16>(gpu, sweep);
     sweep_by<S, Matrix::f16>(gpu, sweep);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "cross_similarity_groups.cuh"
 #include "cross_similarity_items.cuh"
@@ -15,9 +16,10 @@ constexpr int64_t kWantedClusters = 132;  // items, two for each of a large GPU
 // How a block cuts.
 // kRowTiles_: of 64 query rows, for each group; kColumns_: guide rows of a tile; kCluster_: blocks that share
 // the guide's tiles; kResident_: query rows stay in shared memory; kInTurn_: one group multiplies while the
-// other reduces; kHeldChunks_: query rows of exactly so many chunks stay in registers, 0: they do not
+// other reduces; kHeldChunks_: query rows of exactly so many chunks stay in registers, 0: they do not;
+// kMoreBytes_: of shared memory, that the reducer has
 template <int kRowTiles_, int kColumns_, int kCluster_, bool kResident_, bool kInTurn_ = true,
-          int kHeldChunks_ = 0>
+          int kHeldChunks_ = 0, int kMoreBytes_ = 0>
 struct BlockShape {
   static constexpr int kRowTiles = kRowTiles_, kColumns = kColumns_, kCluster = kCluster_;
   static constexpr int kHeldChunks = kHeldChunks_, kHeld = kHeldChunks > 0 ? kHeldChunks * kChunk16 / 16 : 1;
@@ -26,6 +28,7 @@ struct BlockShape {
   static constexpr int kSums = kColumns / 2;              // of a thread, for a tile of 64 rows
   static constexpr int kQueryBytes = kRows * kChunkBytes, kGuideBytes = kColumns * kChunkBytes;  // of a chunk
   static constexpr int kStageBytes = kGuideBytes + (kResident ? 0 : kQueryBytes);
+  static constexpr int kMoreBytes = kMoreBytes_;
 
   static_assert(kHeldChunks == 0 || (kRowTiles == 1 && kResident), "registers for 64 rows of a group");
   static_assert(kColumns % (8 * kCluster) == 0 && kColumns / kCluster <= 256 && kRows <= 256, "boxes of TMA");
@@ -36,7 +39,13 @@ struct Barriers {
   Barrier full[kMostStages], empty[kMostStages], query_full, query_empty;
 };
 
-// Shared memory: the query's chunks, the stages, the barriers.
+// Elements of a chunk, and sums of products.
+template <Matrix type>
+constexpr int kChunkOf = type == Matrix::s8 ? kChunkBytes : kChunk16;
+template <Matrix type>
+using SumOf = std::conditional_t<type == Matrix::s8, int32_t, float>;
+
+// Shared memory: the query's chunks, the stages, the barriers, what the reducer has.
 template <typename S>
 struct Layout {
   int32_t query_chunks, stages;
@@ -44,7 +53,7 @@ struct Layout {
   CISC_HD static Layout of(const RowShape& shape) {
     const int32_t chunks = S::kResident ? shape.all_chunks() : 0;
     const int64_t left = kSharedBytes - kSwizzleBytes - static_cast<int64_t>(sizeof(Barriers)) -
-                         static_cast<int64_t>(chunks) * S::kQueryBytes;
+                         S::kMoreBytes - static_cast<int64_t>(chunks) * S::kQueryBytes;
     const int64_t fit = left / S::kStageBytes;
     return {chunks, static_cast<int32_t>(fit < kMostStages ? fit : kMostStages)};
   }
@@ -58,9 +67,8 @@ struct Layout {
     return query(query_chunks) + static_cast<int64_t>(number) * S::kStageBytes;
   }
   CISC_HD int64_t barriers() const { return stage(stages); }
-  CISC_HD int64_t bytes() const {
-    return barriers() + static_cast<int64_t>(sizeof(Barriers)) + kSwizzleBytes;
-  }
+  CISC_HD int64_t more() const { return barriers() + static_cast<int64_t>(sizeof(Barriers)); }
+  CISC_HD int64_t bytes() const { return more() + S::kMoreBytes + kSwizzleBytes; }
 };
 
 struct Parameters {
@@ -71,7 +79,7 @@ struct Parameters {
 #ifdef CISC_HOPPER
 
 // One thread brings the tiles of all items.
-template <typename S>
+template <typename S, Matrix type>
 __device__ __forceinline__ void bring(const Parameters& parameters, const Layout<S>& layout,
                                       unsigned char* tiles, Barriers* barriers) {
   const Sweep& p = parameters.sweep;
@@ -81,6 +89,7 @@ __device__ __forceinline__ void bring(const Parameters& parameters, const Layout
   Ring ring, queries;
   for (auto number = static_cast<int32_t>(blockIdx.x) / S::kCluster; number < items; number += clusters) {
     const auto item = Item<S::kColumns>::of(p, number);
+    if (p.skips(item.unit)) continue;
     const auto query_row = item.image * p.query_pixels + item.first + static_cast<int32_t>(rank) * S::kRows;
     Walk walk = item.walk(p);
     bool brought = false;
@@ -92,7 +101,7 @@ __device__ __forceinline__ void bring(const Parameters& parameters, const Layout
         barrier_expect(&barriers->query_full, static_cast<uint32_t>(layout.query(layout.query_chunks)));
 #pragma unroll 1
         for (int32_t chunk = 0; chunk < layout.query_chunks; ++chunk) {
-          copy_tile(&parameters.query, chunk * kChunk16, query_row, &barriers->query_full,
+          copy_tile(&parameters.query, chunk * kChunkOf<type>, query_row, &barriers->query_full,
                     tiles + layout.query(chunk));
         }
         queries.next(1);
@@ -105,7 +114,7 @@ __device__ __forceinline__ void bring(const Parameters& parameters, const Layout
           unsigned char* stage = tiles + layout.stage(ring.stage);
           barrier_wait(&barriers->empty[ring.stage], ring.parity ^ 1);
           barrier_expect(full, S::kStageBytes);
-          const int32_t column = p.shape.guide_chunk(step) * kChunk16;
+          const int32_t column = p.shape.guide_chunk(step) * kChunkOf<type>;
           if constexpr (S::kCluster > 1) {
             constexpr int kShare = S::kColumns / S::kCluster;
             copy_tile_to((1 << S::kCluster) - 1, &parameters.guide, column,
@@ -115,7 +124,7 @@ __device__ __forceinline__ void bring(const Parameters& parameters, const Layout
             copy_tile(&parameters.guide, column, guide_row, full, stage);
           }
           if constexpr (!S::kResident) {
-            copy_tile(&parameters.query, p.shape.query_chunk(step) * kChunk16, query_row, full,
+            copy_tile(&parameters.query, p.shape.query_chunk(step) * kChunkOf<type>, query_row, full,
                       stage + S::kGuideBytes);
           }
           ring.next(layout.stages);
@@ -141,9 +150,10 @@ __device__ __forceinline__ void multiply(const RowShape& shape, const Layout<S>&
                                          int group, int lane, Barriers* barriers,
                                          const uint32_t (&held)[S::kHeld][4], Ring& ring,
                                          // outputs
-                                         float (&sums)[S::kRowTiles][S::kSums]) {
-  constexpr uint64_t kTile = 64 * kChunkBytes >> 4, kSixteen = 32 >> 4;  // as descriptors count
-  constexpr int kUnrolled = S::kHeldChunks > 0 ? S::kHeldChunks : 1, kSteps = kChunk16 / 16;
+                                         SumOf<type> (&sums)[S::kRowTiles][S::kSums]) {
+  constexpr int kBytes = 32;  // of a row, that an instruction multiplies
+  constexpr uint64_t kTile = 64 * kChunkBytes >> 4, kNext = kBytes >> 4;  // as descriptors count
+  constexpr int kUnrolled = S::kHeldChunks > 0 ? S::kHeldChunks : 1, kSteps = kChunkBytes / kBytes;
   const int32_t steps = S::kHeldChunks > 0 ? S::kHeldChunks : shape.steps();
   int32_t previous = 0;
   const bool in_turn = layout.in_turn(steps);
@@ -162,11 +172,15 @@ __device__ __forceinline__ void multiply(const RowShape& shape, const Layout<S>&
     for (int k = 0; k < kSteps; ++k) {
       const bool adds = step > 0 || k > 0;
       if constexpr (S::kHeldChunks > 0) {
-        multiply_64<type, false>(sums[0], held[step * kSteps + k], b + k * kSixteen, adds);
+        multiply_64<type, false>(sums[0], held[step * kSteps + k], b + k * kNext, adds);
       } else {
 #pragma unroll
         for (int m = 0; m < S::kRowTiles; ++m) {
-          multiply_64<type, false>(sums[m], a + m * kTile + k * kSixteen, b + k * kSixteen, adds);
+          if constexpr (type == Matrix::s8) {
+            multiply_64(sums[m], a + m * kTile + k * kNext, b + k * kNext, adds);
+          } else {
+            multiply_64<type, false>(sums[m], a + m * kTile + k * kNext, b + k * kNext, adds);
+          }
         }
       }
     }
@@ -215,12 +229,14 @@ __device__ __forceinline__ void reduce_all(const Parameters& parameters, const L
   const int first_row =
       static_cast<int>(rank) * S::kRows + group * S::kRowTiles * 64 + fragments::first_row(warp);
   Reducer reducer(p);
+  if constexpr (S::kMoreBytes > 0) reducer.take_memory(tiles + layout.more(), static_cast<int>(threadIdx.x));
   uint32_t held[S::kHeld][4];
   Ring ring, queries;
   const bool in_turn = layout.in_turn(p.shape.steps());
   if (in_turn && group == 1) meet_without_waiting(kTurn, kGroups * kWarpGroup);
   for (auto number = static_cast<int32_t>(blockIdx.x) / S::kCluster; number < items; number += clusters) {
     const auto item = Item<S::kColumns>::of(p, number);
+    if (p.skips(item.unit)) continue;
     const reduce::Group rows{item.image, item.unit, item.split, item.first};
     const reduce::Place place{item.first + first_row, 64, lane};
     reducer.begin(place);
@@ -239,11 +255,12 @@ __device__ __forceinline__ void reduce_all(const Parameters& parameters, const L
       }
       reducer.segment(segment.first_query, segment.behind_query);
       for (int32_t tile = segment.first_tile; tile < segment.end_tile; ++tile) {
-        float sums[S::kRowTiles][S::kSums];
-        multiply<S, type>(p.shape, layout, shared_address(tiles), group, lane, barriers, held, ring, sums);
         const int32_t first = segment.begin + tile * S::kColumns, left = segment.end - first;
-        reducer.tile(sums, p.guide_scale + (item.image * p.guide_pixels + first), first,
-                     left < S::kColumns ? left : S::kColumns);
+        const auto* scales = Reducer::scales(p) + (item.image * p.guide_pixels + first);
+        if constexpr (S::kMoreBytes > 0) reducer.ahead(scales);
+        SumOf<type> sums[S::kRowTiles][S::kSums];
+        multiply<S, type>(p.shape, layout, shared_address(tiles), group, lane, barriers, held, ring, sums);
+        reducer.tile(sums, scales, first, left < S::kColumns ? left : S::kColumns);
       }
     }
     if (brought && lane == 0) barrier_arrive(&barriers->query_empty);
@@ -282,7 +299,7 @@ __global__ void __cluster_dims__(S::kCluster, 1, 1) __launch_bounds__(kThreads, 
   }
   if (group == kGroups) {
     keep_registers<kBringsRegisters>();
-    if (thread == kGroups * kWarpGroup) bring<S>(parameters, layout, tiles, barriers);
+    if (thread == kGroups * kWarpGroup) bring<S, type>(parameters, layout, tiles, barriers);
   } else {
     take_registers<kMultipliesRegisters>();
     reduce_all<S, type, Reducer>(parameters, layout, tiles, barriers, group);
@@ -295,15 +312,22 @@ __global__ void __cluster_dims__(S::kCluster, 1, 1) __launch_bounds__(kThreads, 
 #endif
 }
 
+constexpr int kFewestStages = 3;
+template <typename S>
+bool fits(const RowShape& shape) {
+  return Layout<S>::of(shape).stages >= kFewestStages;
+}
+
 // What launches the sweep of rows of a shape.
 template <typename S, Matrix type, typename Reducer>
 void launch(const Gpu& gpu, const Sweep& sweep) {
   const auto layout = Layout<S>::of(sweep.shape);
-  const Parameters parameters{tensor_map(gpu, type, sweep.query_rows, sweep.images * sweep.query_pixels,
-                                         sweep.shape.width(), S::kRows),
-                              tensor_map(gpu, type, sweep.guide_rows, sweep.images * sweep.guide_pixels,
-                                         sweep.shape.width(), S::kColumns / S::kCluster),
-                              sweep};
+  const int64_t width = static_cast<int64_t>(sweep.shape.all_chunks()) * kChunkOf<type>;
+  const int64_t query_rows = static_cast<int64_t>(sweep.images) * sweep.query_pixels;
+  const int64_t guide_rows = static_cast<int64_t>(sweep.images) * sweep.guide_pixels;
+  const Parameters parameters{
+      tensor_map(gpu, type, sweep.query_rows, query_rows, width, S::kRows),
+      tensor_map(gpu, type, sweep.guide_rows, guide_rows, width, S::kColumns / S::kCluster), sweep};
   const int64_t items = static_cast<int64_t>(sweep.units) * sweep.splits;
   // Items are alike but in own-label mode, where a cluster for each leaves it to the chip who takes the next.
   const int64_t clusters =

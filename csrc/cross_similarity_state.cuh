@@ -39,9 +39,9 @@ struct Sum {
 // What a pixel's cosines have come to so far.
 struct State {
   float best;
-  int32_t index;  // of the best, or -1; of "topk", how many winners there are
-  float top;      // of "softmax", the cosine that weights are relative to, but for the query's length
-  int32_t unused;
+  int32_t index;    // of the best, or -1; of "topk", how many winners there are
+  float top;        // of "softmax", the cosine that weights are relative to, but for the query's length
+  int32_t open;     // of a sweep that screens, whether candidates are lacking
   double total;     // "softmax": sum of weights 2^((cosine - top) * steepness); "mean": number of cosines
   double weighted;  // "softmax": sum of weight * (cosine - top); "mean": sum of the cosines
 
