@@ -94,7 +94,7 @@ __device__ __forceinline__ void finish_topk(const Finish& p, int64_t result, int
 
 // A warp has a query row of a unit.
 template <Reduction reduction>
-__global__ void __launch_bounds__(kFinishThreads) finish_kernel(Finish p) {
+__global__ void __launch_bounds__(kFinishThreads, 4) finish_kernel(Finish p) {
   const Sweep& sweep = p.sweep;
   const int64_t row = (static_cast<int64_t>(blockIdx.x) * kFinishThreads + threadIdx.x) / kWarp;
   const auto unit = static_cast<int32_t>(row / sweep.rows);
@@ -127,9 +127,9 @@ __global__ void __launch_bounds__(kFinishThreads) finish_kernel(Finish p) {
 }
 
 // A block has a unit that was screened: whether candidates of any row are lacking.
-__global__ void __launch_bounds__(kFinishThreads) flag_kernel(Sweep screen,
-                                                              // outputs
-                                                              int32_t* flags /* [units] */) {
+__global__ void __launch_bounds__(kFinishThreads, 4) flag_kernel(Sweep screen,
+                                                                 // outputs
+                                                                 int32_t* flags /* [units] */) {
   CISC_SHARED(found, int);
   if (threadIdx.x == 0) found = 0;
   __syncthreads();
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kFinishThreads) flag_kernel(Sweep screen,
 
 // A warp has a query row of a unit that was screened: the best of its candidates by their cosines in float32.
 // Units with a flag are left to another sweep, that of `p`.
-__global__ void __launch_bounds__(kFinishThreads) finish_screen_kernel(Finish p, Sweep screen) {
+__global__ void __launch_bounds__(kFinishThreads, 4) finish_screen_kernel(Finish p, Sweep screen) {
   const int64_t row = (static_cast<int64_t>(blockIdx.x) * kFinishThreads + threadIdx.x) / kWarp;
   const auto unit = static_cast<int32_t>(row / screen.rows);
   if (unit >= screen.units || !p.sweep.skips(unit)) return;

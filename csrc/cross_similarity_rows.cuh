@@ -26,7 +26,7 @@ __device__ __forceinline__ uint16_t narrow_bits(Float kind, float value) {
 
 // A block has 64 positions of a side. Vectors that are not finite become NaN, those without length 0.
 // kind: of the rows; finite: what is not becomes 0 and its scale NaN, and so do rows behind the last position
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     pack_kernel(Side side, Form form, Float kind, RowShape shape, bool finite, double eps,
                 // outputs: lengths go to the side
                 Rows rows) {

@@ -89,9 +89,9 @@ struct State {
 
   // Of "softmax", where cosines are `scale` times what this holds: the value, and log2 of the sum over j of
   // 2^((cosine_j - value) * steepness).
-  __device__ float mean(double scale, double steepness,
-                        // outputs
-                        float* log_total) const {
+  __device__ __forceinline__ float mean(double scale, double steepness,
+                                        // outputs
+                                        float* log_total) const {
     const auto value = static_cast<float>((static_cast<double>(top) + weighted / total) * scale);
     // As backward has the cosine, rounded: of one that takes all, `above` is 0 there and here.
     const auto rounded = static_cast<float>(static_cast<double>(top) * scale);
