@@ -78,6 +78,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   // Behind the last row of all, for its tile.
   if (blockIdx.x + 1 == gridDim.x) rows.scale[place + side.pixels + thread] = 1.0f;
+  const bool spoilt = !length.finite && !finite;
+  const auto rows_here = static_cast<int32_t>((finite ? side.pixels : behind) - first);
   const int64_t width = shape.width();
   for (int64_t c0 = 0; c0 < static_cast<int64_t>(shape.chunks) * kChunk16; c0 += kChunk16) {
     __syncthreads();
@@ -90,10 +92,11 @@ __global__ void __launch_bounds__(kThreads, 2)
       uint16_t* rest = &out[1][at * (kChunk16 + 8) + part + i * kParts];
       if (form == Form::exact) {
         const float value = length.exists ? times_power(values[i], exponent) : 0.0f;
-        *to = narrow_bits(kind, length.finite || finite ? value : kNan);
+        *to = narrow_bits(kind, spoilt ? kNan : value);
       } else {
-        const float unit = kUnit * unit_of(values[i], length.scale, length.rest, length.low);
-        const float value = length.finite ? unit : finite ? 0.0f : kNan;
+        const float unit =
+            length.exists ? kUnit * unit_of(values[i], length.scale, length.rest, length.low) : 0.0f;
+        const float value = spoilt ? kNan : unit;
         const uint16_t bits = Float16::narrow(value).bits;
         *to = bits;
         if (form == Form::split) *rest = Float16::narrow(value - Float16{bits}.widen()).bits;
@@ -103,7 +106,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     // A thread has 8 numbers of a row and of another one.
     for (int i = thread; i < kTile * kChunk16 / 8; i += kThreads) {
       const int row = i / (kChunk16 / 8), column = i % (kChunk16 / 8) * 8;
-      if (first + row >= (finite ? side.pixels : behind)) continue;
+      if (row >= rows_here) continue;
       uint16_t* to = rows.data + (place + first + row) * width + c0 + column;
       write_pack(to, read_pack<8>(&out[0][row * (kChunk16 + 8) + column]));
       if (form == Form::split) {
