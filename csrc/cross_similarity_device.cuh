@@ -146,22 +146,6 @@ __device__ inline Length inverse_length(double norm, double eps) {
   return length;
 }
 
-// A thread has a pixel.
-__global__ void __launch_bounds__(kThreads) measure_kernel(Side side, int64_t images, double eps) {
-  const int64_t number = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (number >= images * side.pixels) return;
-  const int64_t offset = side.offset(side.first + number / side.pixels, number % side.pixels);
-  double squares = 0.0;
-  for (int64_t c = 0; c < side.channels; ++c) {
-    const double value = read_element(side.image.kind, side.image.data, offset + c * side.image.stride_c);
-    squares += value * value;
-  }
-  const Length length = inverse_length(::sqrt(squares), eps);
-  side.scale[number] = length.scale;
-  side.rest[number] = length.rest;
-  side.low[number] = length.low;
-}
-
 // Bins of pixels by their labels.
 struct LabelBins {
   Side side;

@@ -153,7 +153,8 @@ __device__ __forceinline__ void multiply(const RowShape& shape, const Layout<S>&
                                          SumOf<type> (&sums)[S::kRowTiles][S::kSums]) {
   constexpr int kBytes = 32;  // of a row, that an instruction multiplies
   constexpr uint64_t kTile = 64 * kChunkBytes >> 4, kNext = kBytes >> 4;  // as descriptors count
-  constexpr int kUnrolled = S::kHeldChunks > 0 ? S::kHeldChunks : 1, kSteps = kChunkBytes / kBytes;
+  [[maybe_unused]] constexpr int kUnrolled = S::kHeldChunks > 0 ? S::kHeldChunks : 1,
+                                 kSteps = kChunkBytes / kBytes;
   const int32_t steps = S::kHeldChunks > 0 ? S::kHeldChunks : shape.steps();
   int32_t previous = 0;
   const bool in_turn = layout.in_turn(steps);
