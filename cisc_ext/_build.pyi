@@ -18,6 +18,9 @@ class Plan(TypedDict):
     flops: int
     bytes: int
 
+class GpuPlan(Plan):
+    packed_bytes: int  # on a GPU only
+
 def info() -> Info: ...
 def plan(
     op: str,
@@ -27,4 +30,6 @@ def plan(
     backward: bool = False,
     threads: int = 1,
     ohem: bool = False,
-) -> Plan: ...
+    reduction: str = "max",
+    k: int = 8,
+) -> GpuPlan: ...

@@ -17,7 +17,6 @@
 namespace cisc::cross_similarity {
 namespace {
 
-constexpr int64_t kSharedWinners = 32;  // of a pixel, that are kept in shared memory
 constexpr int kCombineThreads = 128;
 constexpr int kRows = 8, kRowsDepth = 16, kRowsThreads = 128;  // of a block that meets means
 
@@ -288,10 +287,10 @@ __global__ void __launch_bounds__(kRowsThreads) meet_own_mean_kernel(Means p, bo
 
 template <Reduction reduction>
 void run_compare(const Gpu& gpu, Pairs& pairs, const Inputs& in, Kernel p) {
-  const int64_t result_bytes = sizeof(State) + (p.shared_winners ? 8 * p.k : 0);
-  const int64_t results = p.schedule.units_at_once(kResultBytes, result_bytes) * p.schedule.splits * kTile;
+  const int64_t row_bytes = plain_result_bytes(reduction, p.k);
+  const int64_t results = p.schedule.units_at_once(kResultBytes, row_bytes) * p.schedule.splits * kTile;
   // As int64, so that all is aligned to 8 bytes.
-  Tensor workspace = device_empty(in.query, {results * result_bytes / 8}, ScalarType::Long);
+  Tensor workspace = device_empty(in.query, {results * row_bytes / 8}, ScalarType::Long);
   p.states = reinterpret_cast<State*>(data_of<int64_t>(workspace));
   p.winners = data_of<int64_t>(workspace) + results * static_cast<int64_t>(sizeof(State)) / 8;
   const int64_t shared = p.shared_winners ? 8 * p.k * kTile : 0;
@@ -299,7 +298,7 @@ void run_compare(const Gpu& gpu, Pairs& pairs, const Inputs& in, Kernel p) {
     p.query = pairs.query();
     p.guide = pairs.guide();
     p.schedule.images = images;
-    const int64_t step = p.schedule.units_at_once(kResultBytes, result_bytes);
+    const int64_t step = p.schedule.units_at_once(kResultBytes, row_bytes);
     for (p.first_unit = 0; p.first_unit < p.schedule.units(); p.first_unit += step) {
       p.units = std::min(step, p.schedule.units() - p.first_unit);
       gpu.launch(compare_kernel<reduction>, p.units * p.schedule.splits, kThreads, shared, p);
@@ -333,8 +332,6 @@ struct SweepsOfChip {
 // Sweeps on tensor cores, of "max", "topk" and "softmax".
 class Sweeps {
  public:
-  static constexpr int64_t kScreenBytes = 40 << 20;
-
   Sweeps(const Gpu& gpu, const Inputs& in, const Packing& packing, Reduction reduction)
       : gpu_(gpu),
         in_(in),
@@ -345,12 +342,8 @@ class Sweeps {
     schedule_ =
         Schedule::of(in.batch(), in.slots(), in.query_pixels(), in.guide_pixels(),
                      screens_ ? chip_.screen_cut() : chip_.cut(packing.shape, packing.matrix(), reduction));
-    const bool topk = reduction == Reduction::topk;
-    // A result of each split, and a bound for all of them.
-    row_bytes_ = static_cast<int64_t>(sizeof(State)) + (topk ? 8 * kFoundAtOnce + 8 : 0);
-    // Or the candidates of each, and a flag for all rows of a unit.
-    if (screens_) row_bytes_ += 4 * kCandidates + 8;
-    results_ = schedule_.units_at_once(bytes_at_once(), row_bytes_) * schedule_.splits * schedule_.rows;
+    row_bytes_ = result_bytes(reduction, screens_);
+    results_ = results_of(schedule_, reduction, screens_);
     workspace_ = device_empty(in.query, {results_ * row_bytes_ / 8}, ScalarType::Long);
   }
 
@@ -393,7 +386,7 @@ class Sweeps {
     finish.guide = pairs.guide();
     finish.form = packing_.form;
     check(schedule_.units() <= INT32_MAX, kForward, "these shapes have too many classes and pixels");
-    const int64_t step = schedule_.units_at_once(bytes_at_once(), row_bytes_);
+    const int64_t step = schedule_.units_at_once(screens_ ? kScreenBytes : kResultBytes, row_bytes_);
     for (int64_t first = 0; first < schedule_.units(); first += step) {
       sweep.first_unit = static_cast<int32_t>(first);
       sweep.units = static_cast<int32_t>(std::min(step, schedule_.units() - first));
@@ -425,9 +418,6 @@ class Sweeps {
   static int32_t bins_of(const Inputs& in) { return wide_labels(in) ? kBins - 1 : kBins; }
 
  private:
-  // Of results: those of 131072 rows with their candidates fit.
-  int64_t bytes_at_once() const { return screens_ ? kScreenBytes : kResultBytes; }
-
   // The best of units whose candidates are all there; the others have a flag.
   void screen(const Pairs& pairs, const Sweep& sweep, Finish finish, int32_t* flags) const {
     Sweep screen = sweep;

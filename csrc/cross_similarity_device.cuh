@@ -9,6 +9,7 @@
 
 #include "class_sort.h"
 #include "cross_similarity_arguments.h"
+#include "cross_similarity_plan.h"
 #include "cross_similarity_state.cuh"
 #include "device.cuh"
 #include "tensors.h"
@@ -29,7 +30,6 @@ constexpr int kPitch = kTile + 4;         // of rows in shared memory: rows star
 constexpr int kColumns = kTile / kParts;  // of a tile, that a thread reduces
 constexpr int kMicro = 4;                 // products of a thread: 4 x 4
 constexpr int kMicros = kTile / kMicro;   // threads along a side of the tile
-constexpr int64_t kImageBytes = 16 << 20, kResultBytes = 24 << 20;  // of workspace
 
 static_assert(kDepth == kParts * kMicro && kThreads * kMicro * kMicro == kTile * kTile, "a thread's share");
 static_assert(kThreads == kBins, "a thread has a bin");

@@ -2,16 +2,14 @@
 // that brings tiles.
 #pragma once
 
-#include "cross_similarity_tiles.h"
+#include "cross_similarity_cuts.h"
 #include "tensor_cores.cuh"
 
 namespace cisc::cross_similarity::sm90 {
 
-constexpr int kGroups = 2;  // warp groups that multiply; a third one brings tiles
 constexpr int kThreads = (kGroups + 1) * kWarpGroup;
 constexpr int kWarps = kGroups * kWarpGroup / kWarp;  // that multiply
 constexpr int kBringsRegisters = 56, kMultipliesRegisters = 224;
-constexpr int64_t kSharedBytes = 227 << 10;
 constexpr int kTurn = 1;                       // the first of the named barriers that give the groups turns
 constexpr uint64_t kSixteenColumns = 32 >> 4;  // of a chunk, as descriptors count
 constexpr uint64_t kSixteenRows = 16 * kChunkBytes >> 4;

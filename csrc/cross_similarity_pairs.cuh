@@ -11,8 +11,6 @@
 namespace cisc::cross_similarity {
 namespace {
 
-constexpr int64_t kPackedBytes = 256 << 20;  // of rows of several images
-
 // How both sides are packed for tensor cores.
 struct Packing {
   Form form;
@@ -65,14 +63,17 @@ class Pairs {
         packing_(packing),
         query_(side_of(in.query, in.query_labels)),
         guide_(side_of(in.guide, in.guide_labels)) {
-    at_once_ = std::clamp<int64_t>(kImageBytes / std::max<int64_t>(words(1) * 4, 1), 1,
-                                   std::max<int64_t>(in.batch(), 1));
-    if (packing_)
-      at_once_ =
-          std::clamp<int64_t>(kPackedBytes / std::max<int64_t>(numbers(1) * 2 + bytes(1), 1), 1, at_once_);
-    workspace_ = device_empty(in.query, {words(at_once_)}, ScalarType::Int);
-    if (packing_) packed_ = device_empty(in.query, {numbers(at_once_)}, ScalarType::Half);
-    if (packing_ && packing_->bytes) bytes_ = device_empty(in.query, {bytes(at_once_)}, ScalarType::Byte);
+    sizes_ = {in.batch(),
+              query_.pixels,
+              guide_.pixels,
+              own(),
+              packing_ ? packing_->shape.width() : 0,
+              packing_ && packing_->bytes ? byte_width() : 0};
+    at_once_ = sizes_.at_once();
+    workspace_ = device_empty(in.query, {sizes_.words(at_once_)}, ScalarType::Int);
+    if (packing_) packed_ = device_empty(in.query, {sizes_.numbers(at_once_)}, ScalarType::Half);
+    if (packing_ && packing_->bytes)
+      bytes_ = device_empty(in.query, {sizes_.bytes(at_once_)}, ScalarType::Byte);
     classes_ = {own() ? Classes{} : classes_of(*in.classes), own()};
   }
 
@@ -111,27 +112,6 @@ class Pairs {
     return side;
   }
 
-  // Of workspace, for so many images.
-  int64_t words(int64_t images) const {
-    const auto of = [&](const Side& side, bool sorted) {
-      const int64_t sorting = side.pixels + class_sort::chunks_of(side.pixels) * kBins + kBins + 1;
-      const int64_t scales = packing_ ? images * side.pixels + kScalePad : 0;
-      return images * (3 * side.pixels + (sorted ? sorting : 0)) + scales;
-    };
-    return of(query_, own()) + of(guide_, true);
-  }
-
-  // Of packed rows, for so many images.
-  int64_t numbers(int64_t images) const {
-    return images * (query_.pixels + guide_.pixels) * packing_->shape.width();
-  }
-
-  // Of rows of int8 and their steps: half as much again as of packed rows, and 8 bytes a pixel.
-  int64_t bytes(int64_t images) const {
-    if (!packing_->bytes) return 0;
-    const int64_t pixels = images * (query_.pixels + guide_.pixels);
-    return pixels * byte_width() + (pixels + 2 * kScalePad) * static_cast<int64_t>(sizeof(Step));
-  }
   int64_t byte_width() const { return static_cast<int64_t>(packing_->byte_chunks()) * kChunkBytes; }
 
   void quantise(const Side& side, const Rows& rows, int64_t images, const Bytes& bytes) const {
@@ -189,6 +169,7 @@ class Pairs {
   Rows query_rows_{}, guide_rows_{};
   Bytes query_bytes_{}, guide_bytes_{};
   SlotClasses classes_{};
+  PairSizes sizes_{};
   int64_t at_once_ = 1;
   Tensor workspace_;
   std::optional<Tensor> packed_, bytes_;

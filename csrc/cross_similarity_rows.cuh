@@ -9,9 +9,8 @@
 namespace cisc::cross_similarity {
 namespace {
 
-constexpr int kRowBits = 9;         // largest components are brought to [2^8,2^9)
-constexpr float kUnit = 256.0f;     // of rounded and split rows, the length
-constexpr int64_t kScalePad = 256;  // scales behind the last row, that the last tile reads
+constexpr int kRowBits = 9;      // largest components are brought to [2^8,2^9)
+constexpr float kUnit = 256.0f;  // of rounded and split rows, the length
 
 // One side, packed. Workspace holds the images from `Side::first` on.
 struct Rows {

@@ -9,18 +9,21 @@ namespace {
 using namespace sm90;
 
 using Screens = reduce::Screen<kGroups * kWarpGroup, 256>;
-using Held = BlockShape<1, 256, 2, true, true, 0, Screens::kBytes>;       // rows of up to 512 numbers
-using Streamed = BlockShape<1, 256, 2, false, true, 0, Screens::kBytes>;  // any rows
+using HeldScreen = BlockShape<1, 256, 2, true, true, 0, Screens::kBytes>;       // rows of up to 512 numbers
+using StreamedScreen = BlockShape<1, 256, 2, false, true, 0, Screens::kBytes>;  // any rows
 
-static_assert(Held::kRows == Streamed::kRows && Held::kColumns == Streamed::kColumns, "one cut");
+static_assert(HeldScreen::kRows == StreamedScreen::kRows && HeldScreen::kColumns == StreamedScreen::kColumns,
+              "one cut");
 
 }  // namespace
 
-class_sort::Cut cut_screen_sm90() { return {Held::kRows * Held::kCluster, Held::kColumns, kWantedClusters}; }
+class_sort::Cut cut_screen_sm90() {
+  return {HeldScreen::kRows * HeldScreen::kCluster, HeldScreen::kColumns, kWantedClusters};
+}
 
 void screen_sm90(const Gpu& gpu, const Sweep& sweep) {
-  if (fits<Held>(sweep.shape)) return launch<Held, Matrix::s8, Screens>(gpu, sweep);
-  launch<Streamed, Matrix::s8, Screens>(gpu, sweep);
+  if (fits<HeldScreen>(sweep.shape)) return launch<HeldScreen, Matrix::s8, Screens>(gpu, sweep);
+  launch<StreamedScreen, Matrix::s8, Screens>(gpu, sweep);
 }
 
 }  // namespace cisc::cross_similarity

@@ -7,9 +7,6 @@ namespace {
 
 using namespace sm80;
 
-constexpr int kWide = 4, kNarrow = 2;   // row tiles of a warp: 256 or 128 query rows of a block
-constexpr int64_t kWantedBlocks = 216;  // units, two for each multiprocessor of a large GPU
-
 template <int kRowTiles>
 void sweep_by(const Gpu& gpu, const Sweep& sweep, const Layout& layout) {
   switch (sweep.reduction) {
@@ -25,9 +22,7 @@ void sweep_by(const Gpu& gpu, const Sweep& sweep, const Layout& layout) {
 
 }  // namespace
 
-class_sort::Cut cut_sm80(const RowShape&, Matrix, Reduction reduction) {
-  return {rows_of(reduction == Reduction::max ? kWide : kNarrow), kColumns, kWantedBlocks};
-}
+class_sort::Cut cut_sm80(const RowShape&, Matrix, Reduction reduction) { return cut_of(reduction); }
 
 void sweep_sm80(const Gpu& gpu, const Sweep& sweep) {
   const auto layout = [&](int row_tiles, bool resident) {

@@ -2,50 +2,11 @@
 // docs/pixel_similarity.md.
 #pragma once
 
+#include "cross_similarity_cuts.h"
 #include "cross_similarity_items.cuh"
 #include "cross_similarity_reduce.cuh"
 
 namespace cisc::cross_similarity::sm80 {
-
-constexpr int kGroups = 2;      // each has half of a tile's columns, and its own pace
-constexpr int kGroupWarps = 4;  // that share the rows
-constexpr int kGroupThreads = kGroupWarps * kWarp, kThreads = kGroups * kGroupThreads;
-constexpr int kGroupColumns = 64, kColumns = kGroups * kGroupColumns;  // of a tile
-constexpr int kSums = kGroupColumns / 2;                               // of a thread, for 16 rows
-constexpr int kShareBytes = kGroupColumns * kChunkBytes;               // of a chunk of a tile, for a group
-constexpr int kPieces = kChunkBytes / 16;                              // that cp.async copies
-constexpr int kFewestStages = 2, kMostStages = 4;
-constexpr int kAlignment = kChunkBytes;
-constexpr int64_t kReserved = 256;  // bytes of shared memory beside those that a launch asks for
-constexpr int kMeet = 1;  // the first of the named barriers: of the block, and behind it of each group
-
-// kRowTiles: of 16 query rows, for each warp
-constexpr int rows_of(int kRowTiles) { return kGroupWarps * kRowTiles * 16; }
-
-// Shared memory: the query's chunks where they stay, and stages. A stage is a chunk of a tile, and behind it
-// one of the query where that does not stay.
-struct Layout {
-  int32_t query_chunks, stages;      // query_chunks: 0 where they do not stay
-  int32_t query_bytes, stage_bytes;  // of a chunk, of a stage
-
-  CISC_HD static Layout of(const RowShape& shape, int rows, bool resident, int64_t memory) {
-    Layout layout{};
-    layout.query_chunks = resident ? shape.all_chunks() : 0;
-    layout.query_bytes = rows * kChunkBytes;
-    layout.stage_bytes = kGroups * kShareBytes + (resident ? 0 : layout.query_bytes);
-    const int64_t left =
-        memory - kReserved - kAlignment - static_cast<int64_t>(layout.query_chunks) * layout.query_bytes;
-    const int64_t fit = left > 0 ? left / layout.stage_bytes : 0;
-    layout.stages = static_cast<int32_t>(fit < kMostStages ? fit : kMostStages);
-    return layout;
-  }
-
-  CISC_HD bool resident() const { return query_chunks > 0; }
-  CISC_HD bool fits() const { return stages >= kFewestStages; }
-  CISC_HD int32_t query(int32_t chunk) const { return chunk * query_bytes; }
-  CISC_HD int32_t stage(int32_t number) const { return query(query_chunks) + number * stage_bytes; }
-  CISC_HD int64_t bytes() const { return stage(stages) + kAlignment; }
-};
 
 struct Parameters {
   Sweep sweep;

@@ -11,15 +11,6 @@ namespace {
 
 using namespace sm90;
 
-using Wide = BlockShape<2, 128, 2, true>;       // 256 query rows of up to 256 numbers
-using Long = BlockShape<1, 256, 2, true>;       // 128 query rows of up to 512 numbers
-using Streamed = BlockShape<1, 256, 2, false>;  // any rows
-
-template <typename S>
-class_sort::Cut cut_of() {
-  return {S::kRows * S::kCluster, S::kColumns, kWantedClusters};
-}
-
 // Other shapes and reductions for float16 rows of 256 numbers, to be measured beside the usual ones:
 // CISC_CROSS_VARIANT names one (benchmarks/sweeps.py).
 struct Variant {
@@ -31,7 +22,7 @@ struct Variant {
 
 template <typename S, typename Reducer>
 constexpr Variant variant(const char* name, Reduction reduction) {
-  return {name, reduction, cut_of<S>, launch<S, Matrix::f16, Reducer>};
+  return {name, reduction, cut_of_shape<S>, launch<S, Matrix::f16, Reducer>};
 }
 
 constexpr Variant kVariants[] = {
@@ -73,19 +64,11 @@ void sweep_by(const Gpu& gpu, const Sweep& sweep) {
   }
 }
 
-// f(shape) for rows and a reduction; flagged: as what has set the flags
-template <typename Function>
-auto with_shape(const RowShape& shape, Reduction reduction, bool flagged, const Function& f) {
-  if (reduction != Reduction::topk && !flagged && fits<Wide>(shape)) return f(Wide{});
-  if (fits<Long>(shape)) return f(Long{});
-  return f(Streamed{});
-}
-
 }  // namespace
 
 class_sort::Cut cut_sm90(const RowShape& shape, Matrix type, Reduction reduction) {
   if (const Variant* one = variant_of(shape, type, reduction)) return one->cut();
-  return with_shape(shape, reduction, false, [](auto s) { return cut_of<decltype(s)>(); });
+  return cut_of(shape, reduction);
 }
 
 void sweep_sm90(const Gpu& gpu, const Sweep& sweep) {

@@ -10,66 +10,18 @@
 
 namespace cisc::cross_similarity::sm90 {
 
-constexpr int kMostStages = 12;
-constexpr int64_t kWantedClusters = 132;  // items, two for each of a large GPU
-
-// How a block cuts.
-// kRowTiles_: of 64 query rows, for each group; kColumns_: guide rows of a tile; kCluster_: blocks that share
-// the guide's tiles; kResident_: query rows stay in shared memory; kInTurn_: one group multiplies while the
-// other reduces; kHeldChunks_: query rows of exactly so many chunks stay in registers, 0: they do not;
-// kMoreBytes_: of shared memory, that the reducer has
-template <int kRowTiles_, int kColumns_, int kCluster_, bool kResident_, bool kInTurn_ = true,
-          int kHeldChunks_ = 0, int kMoreBytes_ = 0>
-struct BlockShape {
-  static constexpr int kRowTiles = kRowTiles_, kColumns = kColumns_, kCluster = kCluster_;
-  static constexpr int kHeldChunks = kHeldChunks_, kHeld = kHeldChunks > 0 ? kHeldChunks * kChunk16 / 16 : 1;
-  static constexpr bool kResident = kResident_, kInTurn = kInTurn_;
-  static constexpr int kRows = kGroups * kRowTiles * 64;  // of a block
-  static constexpr int kSums = kColumns / 2;              // of a thread, for a tile of 64 rows
-  static constexpr int kQueryBytes = kRows * kChunkBytes, kGuideBytes = kColumns * kChunkBytes;  // of a chunk
-  static constexpr int kStageBytes = kGuideBytes + (kResident ? 0 : kQueryBytes);
-  static constexpr int kMoreBytes = kMoreBytes_;
-
-  static_assert(kHeldChunks == 0 || (kRowTiles == 1 && kResident), "registers for 64 rows of a group");
-  static_assert(kColumns % (8 * kCluster) == 0 && kColumns / kCluster <= 256 && kRows <= 256, "boxes of TMA");
-};
-
 // Behind the tiles in shared memory.
 struct Barriers {
   Barrier full[kMostStages], empty[kMostStages], query_full, query_empty;
 };
+
+static_assert(sizeof(Barriers) == kBarrierBytes);
 
 // Elements of a chunk, and sums of products.
 template <Matrix type>
 constexpr int kChunkOf = type == Matrix::s8 ? kChunkBytes : kChunk16;
 template <Matrix type>
 using SumOf = std::conditional_t<type == Matrix::s8, int32_t, float>;
-
-// Shared memory: the query's chunks, the stages, the barriers, what the reducer has.
-template <typename S>
-struct Layout {
-  int32_t query_chunks, stages;
-
-  CISC_HD static Layout of(const RowShape& shape) {
-    const int32_t chunks = S::kResident ? shape.all_chunks() : 0;
-    const int64_t left = kSharedBytes - kSwizzleBytes - static_cast<int64_t>(sizeof(Barriers)) -
-                         S::kMoreBytes - static_cast<int64_t>(chunks) * S::kQueryBytes;
-    const int64_t fit = left / S::kStageBytes;
-    return {chunks, static_cast<int32_t>(fit < kMostStages ? fit : kMostStages)};
-  }
-
-  // Whether the groups take turns: one goes through a tile's steps before the other begins, so that the
-  // stages must hold them.
-  CISC_HD bool in_turn(int32_t steps) const { return S::kInTurn && steps <= stages; }
-
-  CISC_HD int64_t query(int32_t chunk) const { return static_cast<int64_t>(chunk) * S::kQueryBytes; }
-  CISC_HD int64_t stage(int32_t number) const {
-    return query(query_chunks) + static_cast<int64_t>(number) * S::kStageBytes;
-  }
-  CISC_HD int64_t barriers() const { return stage(stages); }
-  CISC_HD int64_t more() const { return barriers() + static_cast<int64_t>(sizeof(Barriers)); }
-  CISC_HD int64_t bytes() const { return more() + S::kMoreBytes + kSwizzleBytes; }
-};
 
 struct Parameters {
   TensorMap query, guide;
@@ -311,12 +263,6 @@ __global__ void __cluster_dims__(S::kCluster, 1, 1) __launch_bounds__(kThreads, 
     cluster_sync();
   }
 #endif
-}
-
-constexpr int kFewestStages = 3;
-template <typename S>
-bool fits(const RowShape& shape) {
-  return Layout<S>::of(shape).stages >= kFewestStages;
 }
 
 // What launches the sweep of rows of a shape.

@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "cross_similarity.h"
+#include "cross_similarity_plan.h"
 #include "device.cuh"
 
 namespace cisc::cross_similarity {
@@ -101,7 +102,7 @@ struct State {
   }
 };
 
-static_assert(sizeof(State) == 32, "what tests/test_class_sort.py reckons with");
+static_assert(sizeof(State) == kStateBytes);
 
 // Winners of "topk" as numbers of 64 bits that are the larger, the better: a cosine, then the lowest index.
 __device__ __forceinline__ int64_t pack_winner(float value, int32_t pixel) {

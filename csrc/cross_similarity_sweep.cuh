@@ -6,6 +6,7 @@
 #include "cross_similarity.h"
 #include "cross_similarity_arguments.h"
 #include "cross_similarity_bounds.h"
+#include "cross_similarity_plan.h"
 #include "cross_similarity_state.cuh"
 #include "cross_similarity_tiles.h"
 #include "device.cuh"
@@ -14,9 +15,7 @@
 
 namespace cisc::cross_similarity {
 
-constexpr int kFoundAtOnce = 8;  // winners of "topk" that a sweep finds
-constexpr int kCandidates = 56;  // of a row and split, that a screening sweep leaves at most
-constexpr int kRowNumbers = 8;   // of 16 bits, that a thread reads at once
+constexpr int kRowNumbers = 8;  // of 16 bits, that a thread reads at once
 
 // Rows of 16-bit numbers of both sides.
 struct Packed {

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cross_similarity.h"
+#include "cross_similarity_plan.h"
 #include "isa.h"
 #include "map_consistency.h"
 #include "masked_average_pool.h"
@@ -85,15 +86,55 @@ py::dict upsampling(const cisc::upsample::Plan& p, int64_t bytes, const cisc::Wo
   return described(tile, bytes, work);
 }
 
+// Forward of cross_similarity on a GPU with byte labels: packed rows, and the rest of the workspace.
+py::dict plan_on_gpu(const Shapes& shapes, const std::string& dtype, int chip, const std::string& reduction,
+                     int64_t k) {
+  namespace ns = cisc::cross_similarity;
+  const std::string op = "cross_similarity";
+  const Shape &query = shape_of(op, shapes, "query", 4), &guide = shape_of(op, shapes, "guide", 4);
+  const bool own = shapes.count("classes") == 0;
+  const int64_t slots = own ? 1 : shape_of(op, shapes, "classes", 2)[1];
+  ns::Reduction by{};
+  if (k < 1) throw std::invalid_argument("plan: k must be at least 1");
+  if (!ns::find_reduction(reduction, &by) || by == ns::Reduction::mean) {
+    throw std::invalid_argument("plan: reduction must be max, topk or softmax on a GPU, got " + reduction);
+  }
+  const int64_t n = query[2] * query[3], m = guide[2] * guide[3];
+  const ns::Form form = dtype == "float32" ? ns::Form::split : ns::Form::exact;
+  const auto p = ns::GpuPlan::of(chip, query[0], query[1], n, m, slots, own, form, by,
+                                 std::max<int64_t>(std::min(k, m), 1));
+  py::dict tile;
+  tile["query_pixels"] = p.cut.rows;
+  tile["guide_pixels"] = p.cut.columns;
+  tile["splits"] = p.splits;
+  tile["images_at_once"] = p.images;
+  const int64_t element = dtype == "float32" ? 4 : 2;
+  cisc::Work work{};
+  work.flops = 2 * query[0] * slots * query[1] * n * m;
+  work.bytes = query[0] * (query[1] * (n + m) * element + slots * n * 4);
+  py::dict out = described(tile, p.packed_bytes + p.other_bytes, work);
+  out["packed_bytes"] = p.packed_bytes;
+  return out;
+}
+
 // One row per operator that has kernels here; `backward` is the gradient, made with the loss where there is
 // one, `ohem` that hard pixels are searched for before; `reduction` and `k` are of cross_similarity.
 py::dict plan(const std::string& op, const Shapes& shapes, const std::string& dtype,
               const std::string& device, bool backward, int64_t threads, bool ohem,
               const std::string& reduction, int64_t k) {
-  if (device != "cpu")
-    throw std::invalid_argument("plan: there are kernels for the CPU only, got device " + device);
+  const std::map<std::string, int> chips{{"sm_75", 75}, {"sm_80", 80}, {"sm_90a", 90}};
+  const auto chip = chips.find(device);
+  if (device != "cpu" && chip == chips.end()) {
+    throw std::invalid_argument("plan: device must be cpu, sm_75, sm_80 or sm_90a, got " + device);
+  }
   if (dtype != "float32" && dtype != "bfloat16" && dtype != "float16") {
     throw std::invalid_argument("plan: dtype must be float32, bfloat16 or float16, got " + dtype);
+  }
+  if (chip != chips.end()) {
+    if (op != "cross_similarity" || backward) {
+      throw std::invalid_argument("plan: of a GPU's kernels it knows cross_similarity's forward only");
+    }
+    return plan_on_gpu(shapes, dtype, chip->second, reduction, k);
   }
   if (threads < 1) throw std::invalid_argument("plan: threads must be at least 1");
   const int64_t bytes = dtype == "float32" ? 4 : 2;

@@ -20,11 +20,11 @@ def _constant(source: str, name: str) -> int:
 def test_every_pair_of_equal_labels_is_met_once(tmp_path: Path) -> None:
     """Up to 131072 pixels against as many; and what schedules leave fits their workspace."""
     program = compile_program(tmp_path / "class_sort", TESTS / "class_sort.cpp")
-    workspace = _constant("cross_similarity_device.cuh", "kResultBytes")
-    images = _constant("cross_similarity_device.cuh", "kImageBytes")
+    workspace = _constant("cross_similarity_plan.h", "kResultBytes")
+    images = _constant("cross_similarity_plan.h", "kImageBytes")
     assert workspace + images <= 64 << 20
     state_bytes, winner_bytes = 32, 8
-    winners = _constant("cross_similarity_cuda.cu", "kSharedWinners")
+    winners = _constant("cross_similarity_plan.h", "kSharedWinners")
     for pixel_bytes in (state_bytes, state_bytes + winner_bytes * winners):
         done = run_program(program, str(workspace), str(pixel_bytes))
         assert done.returncode == 0, done.stdout + done.stderr

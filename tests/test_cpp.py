@@ -218,7 +218,17 @@ def test_plans_refuse() -> None:
             "reduction must",
         ),
         ({"op": "cross_similarity", "shapes": SHAPES["cross_similarity"], "k": 0}, "k must be at least 1"),
-        ({"device": "cuda"}, "for the CPU only"),
+        ({"device": "cuda"}, "device must be cpu, sm_75, sm_80 or sm_90a, got cuda"),
+        ({"device": "sm_90a"}, "cross_similarity's forward only"),
+        (
+            {
+                "op": "cross_similarity",
+                "shapes": SHAPES["cross_similarity"],
+                "device": "sm_80",
+                "reduction": "mean",
+            },
+            "reduction must be max, topk or softmax on a GPU, got mean",
+        ),
         ({"dtype": "float64"}, "dtype must be"),
         ({"threads": 0}, "threads must be"),
         ({"shapes": {"logits": (2, 19, 181, 181)}}, "needs the shape of size"),
@@ -227,6 +237,28 @@ def test_plans_refuse() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             _build.plan(**(good | wrong))
+
+
+@pytest.mark.parametrize("device", ["sm_75", "sm_80", "sm_90a"])
+@pytest.mark.parametrize("reduction", ["max", "topk", "softmax"])
+def test_plans_for_gpus_keep_to_the_memory_that_there_is(device: str, reduction: str) -> None:
+    """Packed operands of one pair, or of several in 256 MiB; the rest in 64 MiB."""
+    from cisc_ext import _build
+
+    for batch, channels, h, w, slots in (
+        *((1, 256, 256, 512, 1), (1, 256, 256, 512, 21), (16, 256, 181, 181, 1), (16, 304, 81, 81, 4)),
+        *((3, 2048, 41, 41, 2), (1, 64, 700, 700, 1), (400, 5, 9, 7, 3), (1, 256, 1, 1, 1)),
+    ):
+        for dtype, numbers in (("bfloat16", 1), ("float32", 2)):
+            for mode in ({"classes": (batch, slots)}, {}):
+                shapes = {"query": (batch, channels, h, w), "guide": (batch, channels, h, w), **mode}
+                for k in (1, 8, 50):
+                    made = _build.plan("cross_similarity", shapes, dtype, device, reduction=reduction, k=k)
+                    pair = 2 * h * w * -(-channels // 64) * 64 * 2 * numbers
+                    images = made["tile"]["images_at_once"]
+                    assert made["packed_bytes"] == (0 if device == "sm_75" else images * pair)
+                    assert made["packed_bytes"] <= max(pair, 256 << 20)
+                    assert 0 < made["workspace_bytes"] - made["packed_bytes"] <= 64 << 20, (shapes, k)
 
 
 SMALL = (1, 2, 3, 5, 8, 13, 21, 34, 55, 81, 128, 181)
