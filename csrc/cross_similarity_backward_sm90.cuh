@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "cross_similarity_backward_sweep.cuh"
 #include "cross_similarity_groups.cuh"
@@ -16,7 +17,7 @@ constexpr int kHeldBytes = kHeldRows * kChunkBytes,
               kStreamedBytes = kStreamedRows * kChunkBytes;  // of a chunk
 constexpr int kMostBackwardStages = 24, kColumnStages = 4;
 constexpr int kGatherers = kStreamedRows;  // threads, behind the first warp of the group that brings
-constexpr int kGathersRegisters = 48, kSumsRegisters = 232;
+constexpr int kGathersRegisters = 56, kSumsRegisters = 224;
 constexpr int kGroupsMeet = kTurn + kGroups;  // a named barrier
 // Slopes, relative to the incoming gradient, are p (1 + (cosine - value) / temperature). As log2 of the total
 // is the weights' entropy in bits, that is less than 1 + ln(pixels) < 22.5. A row's scale is at most 2^-8.
@@ -213,9 +214,21 @@ __device__ __forceinline__ Ring ahead(Ring ring, int32_t by, int32_t stages) {
   return ring;
 }
 
+// Two numbers of 16 bits, the first one below.
 template <Matrix type>
-__device__ __forceinline__ uint32_t narrow_bits(float value) {
-  return type == Matrix::bf16 ? BFloat16::narrow(value).bits : Float16::narrow(value).bits;
+__device__ __forceinline__ uint32_t narrow_both(float low, float high) {
+#ifdef CISC_SIMT
+  if (type == Matrix::bf16) return BFloat16::narrow(low).bits | uint32_t{BFloat16::narrow(high).bits} << 16;
+  return Float16::narrow(low).bits | uint32_t{Float16::narrow(high).bits} << 16;
+#else
+  uint32_t both;
+  if constexpr (type == Matrix::bf16) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  }
+  return both;
+#endif
 }
 
 template <Matrix type>
@@ -324,7 +337,7 @@ struct Slopes {
 #pragma unroll
       for (int pair = 0; pair < 4; ++pair) {
         const Row& row = rows[pair % 2];
-        uint32_t bits[2], rest_bits[2];
+        float slopes[2];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const float sum = sums[k * 8 + pair * 2 + i];
@@ -338,14 +351,22 @@ struct Slopes {
           const float weight = to_query ? row.weight * column.scale : column.weight;
           float slope = weight * probability * fmaf(above, p.inverse_temperature, 1.0f);
           if (!whole && (at >= count || !row.meets)) slope = 0.0f;
-          bits[i] = narrow_bits<type>(slope);
-          const float rounded = widen_bits<type>(bits[i]);
-          if constexpr (split) rest_bits[i] = narrow_bits<type>((slope - rounded) * (1 << kRestBits));
-          // What lies along the vector is taken from the slopes that are multiplied.
-          alongs[pair % 2] = fmaf(split ? slope : rounded, sum, alongs[pair % 2]);
+          slopes[i] = slope;
         }
-        high[k][pair] = bits[0] | bits[1] << 16;
-        if constexpr (split) rest[k][pair] = rest_bits[0] | rest_bits[1] << 16;
+        const uint32_t both = narrow_both<type>(slopes[0], slopes[1]);
+        high[k][pair] = both;
+        const float rounded[2] = {widen_bits<type>(both & 0xffffu), widen_bits<type>(both >> 16)};
+        if constexpr (split) {
+          constexpr float kTimes = 1 << kRestBits;
+          rest[k][pair] =
+              narrow_both<type>((slopes[0] - rounded[0]) * kTimes, (slopes[1] - rounded[1]) * kTimes);
+        }
+        // What lies along the vector is taken from the slopes that are multiplied.
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const float slope = split ? slopes[i] : rounded[i];
+          alongs[pair % 2] = fmaf(slope, sums[k * 8 + pair * 2 + i], alongs[pair % 2]);
+        }
       }
     }
   }
@@ -368,9 +389,19 @@ __device__ __forceinline__ void multiply_slopes(const uint32_t (&slopes)[4][4],
   }
 }
 
+// A sum whose rounding is below that of 16-bit slopes.
+struct ShortSum {
+  float value = 0.0f;
+
+  __device__ __forceinline__ void add(float term) { value += term; }
+  __device__ __forceinline__ double exact() const { return static_cast<double>(value); }
+};
+
 // A group makes the sums of its 64 held rows.
 template <bool to_query, Matrix type, bool split, int kSlice>
 class HeldGroup {
+  using Along = std::conditional_t<split, Sum, ShortSum>;
+
  public:
   __device__ __forceinline__ HeldGroup(const BackwardParameters& parameters, const BackwardItem& item,
                                        const BackwardLayout<kSlice>& layout, unsigned char* tiles,
@@ -381,15 +412,14 @@ class HeldGroup {
         tiles_(tiles),
         barriers_(barriers),
         group_(group),
-        lane_(static_cast<int>(threadIdx.x) % kWarp),
-        warp_row_(group * 64 + fragments::first_row(static_cast<int>(threadIdx.x) / kWarp)) {}
+        lane_(static_cast<int>(threadIdx.x) % kWarp) {}
 
   __device__ __forceinline__ void run() {
     const Kernel& p = parameters_.sweep.kernel;
     const auto* columns = reinterpret_cast<const Column*>(tiles_ + layout_.columns());
     float sums[kSlice][kStreamedRows / 2] = {};
     Row rows[2];
-    Sum alongs[2];
+    Along alongs[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) rows[half] = prepare(half);
     __syncwarp();
@@ -413,7 +443,7 @@ class HeldGroup {
         if (in_turn) meet_without_waiting(kTurn + 1 - group_, kGroups * kWarpGroup);
         products_wait<0>();
         hold(products);
-        if (!layout_.kept) release(last_, 1);
+        if (!layout_.kept) release(before(ring), 1);
         barrier_wait(&barriers_->columns_full[ring_of_columns.stage], ring_of_columns.parity);
         Slopes<to_query, type, split> slopes;
         float along[2] = {};
@@ -436,8 +466,13 @@ class HeldGroup {
   }
 
  private:
+  // The first of the warp's.
+  __device__ __forceinline__ int warp_row() const {
+    return group_ * 64 + fragments::first_row(static_cast<int>(threadIdx.x) / kWarp);
+  }
+
   __device__ __forceinline__ int row_of(int half) const {
-    return warp_row_ + fragments::row(lane_, 2 * half);
+    return warp_row() + fragments::row(lane_, 2 * half);
   }
 
   __device__ __forceinline__ int32_t position(int half) const { return item_.first + row_of(half); }
@@ -485,6 +520,12 @@ class HeldGroup {
     }
   }
 
+  // The stage in front of a place.
+  __device__ __forceinline__ Ring before(Ring ring) const {
+    ring.stage = (ring.stage > 0 ? ring.stage : layout_.stages) - 1;
+    return ring;
+  }
+
   // Stages from a place on are let go.
   __device__ __forceinline__ void release(const Ring& first, int32_t count) const {
     if (lane_ < count) barrier_arrive(&barriers_->empty[ahead(first, lane_, layout_.stages).stage]);
@@ -517,9 +558,8 @@ class HeldGroup {
       if (layout_.kept) continue;
       if (step > 0) {
         products_wait<1>();
-        release(last_, 1);
+        release(before(ring), 1);
       }
-      last_ = ring;
       ring.next(layout_.stages);
     }
   }
@@ -586,7 +626,7 @@ class HeldGroup {
   }
 
   // Sums go to shared memory, where the tiles were, and from there through the norm to the gradient.
-  __device__ __forceinline__ void finish(const Row (&rows)[2], const Sum (&alongs)[2],
+  __device__ __forceinline__ void finish(const Row (&rows)[2], const Along (&alongs)[2],
                                          const float (&sums)[kSlice][kStreamedRows / 2]) const {
     using Shared = Sums<kSlice>;
     auto* shared = reinterpret_cast<Shared*>(tiles_);
@@ -607,7 +647,7 @@ class HeldGroup {
     for (int c = 0; c < kSlice; ++c) {
 #pragma unroll
       for (int i = 0; i < kStreamedRows / 2; ++i) {
-        const int row = warp_row_ + fragments::row(lane_, i);
+        const int row = warp_row() + fragments::row(lane_, i);
         shared->at[row * Shared::kPitch + c * kChunk16 + fragments::column(lane_, i)] = sums[c][i];
       }
     }
@@ -657,8 +697,7 @@ class HeldGroup {
   const BackwardLayout<kSlice>& layout_;
   unsigned char* tiles_;
   BackwardBarriers* barriers_;
-  int group_, lane_, warp_row_;
-  Ring last_;
+  int group_, lane_;
 };
 
 #endif  // CISC_HOPPER

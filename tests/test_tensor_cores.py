@@ -60,7 +60,7 @@ STUCK = "its block cannot go on"
         ("handed", "never_back", "threads 64 to 95: barrier 2, where 32 of 96 threads are"),
         ("handed", "another_count", "a barrier of"),
         ("more_registers", "part_of_a_group", "which 64 of a warp group's 128 threads have asked for"),
-        ("more_registers", "none_given", "the block has 1024 to spare"),
+        ("more_registers", "none_given", "the block has 0 to spare"),
         ("pipeline", "no_barriers", "this barrier has not been set"),
         ("pipeline", "no_barriers_set", "barriers_set is missing"),
         ("pipeline", "no_first_cluster_sync", "before the cluster has met"),

@@ -536,7 +536,8 @@ void start() {
     one.bytes.assign(static_cast<size_t>(dynamic_bytes()), 0xff);
     one.behind = false;
   }
-  spare_registers.assign(blocks, kRegisters - each * block_threads());
+  // A group gets what another one has let go, no more: a block has the registers of its launch.
+  spare_registers.assign(blocks, 0);
 }
 
 bool progress() {
