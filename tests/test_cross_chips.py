@@ -109,6 +109,21 @@ def test_own_labels(device: str, chip: int, labels: torch.dtype, reduction: str)
 
 @on_chips
 @pytest.mark.parametrize("reduction", REDUCTIONS[:3])
+@pytest.mark.parametrize("members", [1, 7, 8, 63, 64, 65, 127, 128, 129, 255, 256, 257, 383])
+def test_tails(device: str, chip: int, members: int, reduction: str) -> None:
+    """Ranges that fill their last tile, lack one column or begin one; what lies behind is better."""
+    inputs = images((1, 16, 3, 7, 1, members + 70), 1, torch.bfloat16, seed=7) | {"reduction": reduction}
+    del inputs["query_labels"]
+    inputs["query"] = inputs["query"].abs() + 0.1
+    inputs["guide"] = inputs["guide"].abs() + 0.1
+    inputs["guide"][..., :members] *= -1
+    inputs["guide_labels"] = (torch.arange(members + 70) >= members).to(torch.uint8)[None, None]
+    inputs["classes"] = torch.tensor([[0, 1]])
+    judge(inputs, device)
+
+
+@on_chips
+@pytest.mark.parametrize("reduction", REDUCTIONS[:3])
 def test_parts_of_a_guide(device: str, chip: int, reduction: str) -> None:
     """One group of query rows against a guide that several blocks share."""
     inputs = images((1, 64, 9, 11, 64, 96), 1, torch.float16, seed=2) | {"reduction": reduction}
