@@ -540,7 +540,7 @@ std::tuple<Tensor, Tensor, Tensor> cuda_forward(const Tensor& query, const Tenso
   if (similarity.numel() == 0) return {similarity, index, saved};
   const bool mean = settings.reduction == Reduction::mean, means = mean && MeanTables::serve(in);
   // Of "mean" by tables all pairs are met for the index alone.
-  const bool sweeps = SweepsOfChip::of(gpu).there() && in.guide_pixels() > 0 && (!mean || (means && indexed));
+  const bool sweeps = by_sweep(gpu, in) && (!mean || (means && indexed));
   auto packing = sweeps ? std::optional<Packing>(Packing::of(in)) : std::nullopt;
   if (packing) packing->bytes = settings.reduction == Reduction::max && Sweeps::screens(gpu);
   Pairs pairs(gpu, in, packing);

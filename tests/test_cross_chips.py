@@ -123,6 +123,21 @@ def test_tails(device: str, chip: int, members: int, reduction: str) -> None:
 
 
 @on_chips
+@pytest.mark.parametrize("pixels", [1, 7, 8, 62, 63, 64, 65, 127, 128, 129])
+def test_tails_of_gradients(device: str, chip: int, pixels: int) -> None:
+    """The same for what gradients meet: of the guide a class, of the query all of its image; behind them the
+    other class and the next image, which are better."""
+    inputs = images((2, 16, 1, pixels, 1, pixels + 70), 1, torch.bfloat16, seed=8) | {"reduction": "softmax"}
+    del inputs["query_labels"]
+    inputs["query"] = inputs["query"].abs() + 0.1
+    inputs["guide"] = inputs["guide"].abs() + 0.1
+    inputs["guide"][..., :pixels] *= -1
+    inputs["guide_labels"] = (torch.arange(pixels + 70) >= pixels).to(torch.uint8).expand(2, 1, -1)
+    inputs["classes"] = torch.zeros(2, 1, dtype=torch.int64)
+    judge(inputs, device, ("query", "guide"))
+
+
+@on_chips
 @pytest.mark.parametrize("reduction", REDUCTIONS[:3])
 def test_parts_of_a_guide(device: str, chip: int, reduction: str) -> None:
     """One group of query rows against a guide that several blocks share."""
