@@ -2,10 +2,13 @@
 // of which a thread has two rows and every fourth pair of columns (fragments::row, column).
 //
 // A reducer lives in registers while a group of query rows meets the guide:
-//   scales(sweep)        what it is to have of the guide's rows
+//   scales(sweep)        what it is to have of the guide's rows; a tile gets ScalesThere or ScalesHeld of it
 //   begin(rows)          a new group; rows.position(m, half) are the query's positions
 //   segment(first, behind)  those positions meet the next tiles; others let them pass
-//   tile(sums, scales, first, columns)  a tile's products; it begins at position `first`, and has `columns`
+//   tile<m>(sums, scales, first, columns, quarter)  products of some row tiles, from number m on, with a
+//   tile; it
+//                        begins at position `first`, and has `columns`. quarter(i, results): so much of them
+//                        is reduced, with these results
 //   end(write)           the four threads of a row put together what they have; one of them writes it
 #pragma once
 
@@ -35,38 +38,74 @@ struct Place {
   __device__ __forceinline__ int column() const { return fragments::column(lane, 0); }
 };
 
+struct Nothing {
+  __device__ __forceinline__ void operator()(int, float (&)[2]) const {}
+};
+
+// The largest and the least of the four threads that share a row.
+__device__ __forceinline__ float largest_of_row(float value) {
+  value = ::fmaxf(value, __shfl_xor_sync(kAll, value, 1));
+  return ::fmaxf(value, __shfl_xor_sync(kAll, value, 2));
+}
+__device__ __forceinline__ float least_of_row(float value) {
+  value = ::fminf(value, __shfl_xor_sync(kAll, value, 1));
+  return ::fminf(value, __shfl_xor_sync(kAll, value, 2));
+}
+
+// One tile of rows, as a list of them.
+template <typename T, int kSums>
+__device__ __forceinline__ T (&only(T (&sums)[kSums]))[1][kSums] {
+  return reinterpret_cast<T(&)[1][kSums]>(sums);
+}
+
 // What stands in the sums for columns behind the last one.
-template <int kRowTiles, int kSums>
+template <int kTiles, int kSums>
 __device__ __forceinline__ void hide_columns(int column, int columns, float value,
                                              // outputs
-                                             float (&sums)[kRowTiles][kSums]) {
+                                             float (&sums)[kTiles][kSums]) {
   CISC_UNROLL
   for (int i = 0; i < kSums; ++i) {
     const bool outside = column + i / 4 * 8 + i % 2 >= columns;
     CISC_UNROLL
-    for (int m = 0; m < kRowTiles; ++m) sums[m][i] = outside ? value : sums[m][i];
+    for (int m = 0; m < kTiles; ++m) sums[m][i] = outside ? value : sums[m][i];
   }
 }
 
 // Scales of the columns of a strip that a thread has.
 struct Scales {
   float at[kStrip];
+};
 
-  __device__ __forceinline__ static Scales of(const float* scales) {
+// Those of a tile, read as they are needed.
+struct ScalesThere {
+  const float* from;  // of the thread's first column
+
+  __device__ __forceinline__ Scales strip(int number) const {
     Scales s;
     CISC_UNROLL
-    for (int i = 0; i < kStrip; ++i) s.at[i] = __ldg(scales + i / 2 * 8 + i % 2);
+    for (int i = 0; i < kStrip; ++i) s.at[i] = __ldg(from + number * 32 + i / 2 * 8 + i % 2);
     return s;
   }
 };
 
-// f(strip's number, its first column for this thread, scales) for all strips of a tile
-template <int kSums, typename Function>
-__device__ __forceinline__ void each_strip(int column, const float* scales, const Function& f) {
-  CISC_UNROLL
-  for (int strip = 0; strip < kSums / 16; ++strip) {
-    f(strip, strip * 4 * 8 + column, Scales::of(scales + strip * 4 * 8 + column));
+// The same in registers, read while the tile's products are made.
+template <int kSums>
+struct ScalesHeld {
+  Scales strips[kSums / 16];
+
+  __device__ __forceinline__ explicit ScalesHeld(const ScalesThere& there) {
+    CISC_UNROLL
+    for (int strip = 0; strip < kSums / 16; ++strip) strips[strip] = there.strip(strip);
   }
+
+  __device__ __forceinline__ const Scales& strip(int number) const { return strips[number]; }
+};
+
+// f(strip's number, its first column for this thread, scales) for all strips of a tile
+template <int kSums, typename OfTile, typename Function>
+__device__ __forceinline__ void each_strip(int column, const OfTile& scales, const Function& f) {
+  CISC_UNROLL
+  for (int strip = 0; strip < kSums / 16; ++strip) f(strip, strip * 32 + column, scales.strip(strip));
 }
 
 // NaN becomes more than any cosine.
@@ -105,11 +144,13 @@ __device__ __forceinline__ bool passes(const float (&values)[kStrip], float bar)
 template <int kRowTiles_, bool kBits>
 struct Max {
   static constexpr int kRowTiles = kRowTiles_;
+  static constexpr bool kHoldsScales = true;
   static constexpr float kHidden = -kInfinity;
 
   __device__ explicit Max(const Sweep&) {}
 
   __device__ __forceinline__ static const float* scales(const Sweep& sweep) { return sweep.guide_scale; }
+  __device__ __forceinline__ int column() const { return place_.column(); }
 
   __device__ __forceinline__ void begin(const Place& place) {
     place_ = place;
@@ -135,19 +176,25 @@ struct Max {
     }
   }
 
-  template <int kSums>
-  __device__ __forceinline__ void tile(float (&sums)[kRowTiles][kSums], const float* scales, int32_t first,
-                                       int columns) {
-    if (columns < kSums * 2) hide_columns<kRowTiles>(place_.column(), columns, kHidden, sums);
+  template <int kFrom, int kSums, int kTiles, typename OfTile, typename Quarter = Nothing>
+  __device__ __forceinline__ void tile(float (&sums)[kTiles][kSums], const OfTile& scales, int32_t first,
+                                       int columns, const Quarter& quarter = {}) {
+    if (columns < kSums * 2) hide_columns(place_.column(), columns, kHidden, sums);
+    CISC_UNROLL
+    for (int m = kFrom; m < kFrom + kTiles; ++m) {
+      // What the row's other threads have found lies in front of this tile, and is as good as an equal here.
+      CISC_UNROLL
+      for (int half = 0; half < 2; ++half) bar_[m][half] = largest_of_row(bar_[m][half]);
+    }
     each_strip<kSums>(place_.column(), scales, [&](int strip, int column, const Scales& scale) {
       CISC_UNROLL
-      for (int m = 0; m < kRowTiles; ++m) {
+      for (int m = kFrom; m < kFrom + kTiles; ++m) {
         CISC_UNROLL
         for (int half = 0; half < 2; ++half) {
           float values[kStrip];
           CISC_UNROLL
           for (int i = 0; i < kStrip; ++i) {
-            values[i] = sums[m][strip * 16 + i / 2 * 4 + half * 2 + i % 2] * scale.at[i];
+            values[i] = sums[m - kFrom][strip * 16 + i / 2 * 4 + half * 2 + i % 2] * scale.at[i];
           }
           if (!passes<kBits>(values, bar_[m][half])) continue;
           CISC_UNROLL
@@ -159,6 +206,7 @@ struct Max {
           }
         }
       }
+      quarter(strip, bar_[kFrom]);
     });
   }
 
@@ -193,11 +241,13 @@ struct Max {
 template <int kRowTiles_>
 struct TopK {
   static constexpr int kRowTiles = kRowTiles_;
+  static constexpr bool kHoldsScales = false;
   static constexpr float kHidden = -kInfinity;
 
   __device__ explicit TopK(const Sweep&) {}
 
   __device__ __forceinline__ static const float* scales(const Sweep& sweep) { return sweep.guide_scale; }
+  __device__ __forceinline__ int column() const { return place_.column(); }
 
   __device__ __forceinline__ void begin(const Place& place) {
     place_ = place;
@@ -233,35 +283,52 @@ struct TopK {
     }
   }
 
-  template <int kSums>
-  __device__ __forceinline__ void tile(float (&sums)[kRowTiles][kSums], const float* scales, int32_t first,
-                                       int columns) {
-    if (columns < kSums * 2) hide_columns<kRowTiles>(place_.column(), columns, kHidden, sums);
+  template <int kFrom, int kSums, int kTiles, typename OfTile, typename Quarter = Nothing>
+  __device__ __forceinline__ void tile(float (&sums)[kTiles][kSums], const OfTile& scales, int32_t first,
+                                       int columns, const Quarter& quarter = {}) {
+    if (columns < kSums * 2) hide_columns(place_.column(), columns, kHidden, sums);
+    float bar[kTiles][2];
+    CISC_UNROLL
+    for (int m = 0; m < kTiles; ++m) {
+      CISC_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        bar[m][half] = meets_[kFrom + m][half] ? shared_bar(kFrom + m, half) : kInfinity;
+      }
+    }
     each_strip<kSums>(place_.column(), scales, [&](int strip, int column, const Scales& scale) {
       CISC_UNROLL
-      for (int m = 0; m < kRowTiles; ++m) {
+      for (int m = kFrom; m < kFrom + kTiles; ++m) {
         CISC_UNROLL
         for (int half = 0; half < 2; ++half) {
           float values[kStrip];
           CISC_UNROLL
           for (int i = 0; i < kStrip; ++i) {
-            values[i] = sums[m][strip * 16 + i / 2 * 4 + half * 2 + i % 2] * scale.at[i];
+            values[i] = sums[m - kFrom][strip * 16 + i / 2 * 4 + half * 2 + i % 2] * scale.at[i];
           }
-          const float bar = meets_[m][half] ? value_[m][half][kFoundAtOnce - 1] : kInfinity;
-          if (!passes<false>(values, bar)) continue;
-          // Code of one product for all: that of eight would not fit the instruction cache.
-          CISC_ROLL
+          float& least = bar[m - kFrom][half];
+          if (!passes<false>(values, least)) continue;
+          uint32_t found = 0;
+          CISC_UNROLL
           for (int i = 0; i < kStrip; ++i) {
-            const float value = rank_of(values[0]);
-            CISC_UNROLL
-            for (int next = 1; next < kStrip; ++next) values[next - 1] = values[next];
+            values[i] = rank_of(values[i]);
             const int32_t index = first + column + i / 2 * 8 + i % 2;
-            const bool found =
-                value > bound_[m][half] || (value == bound_[m][half] && index <= bound_index_[m][half]);
-            if (meets_[m][half] && !found) insert<true>(value, index, value_[m][half], index_[m][half]);
+            const bool before = values[i] > bound_[m][half] ||
+                                (values[i] == bound_[m][half] && index <= bound_index_[m][half]);
+            if (values[i] > least && !before) found |= 1u << i;
+          }
+          CISC_ROLL
+          while (found != 0) {
+            const int i = __ffs(static_cast<int>(found)) - 1;
+            found &= found - 1;
+            float value = values[0];
+            CISC_UNROLL
+            for (int at = 1; at < kStrip; ++at) value = i == at ? values[at] : value;
+            insert<true>(value, first + column + i / 2 * 8 + i % 2, value_[m][half], index_[m][half]);
+            least = ::fmaxf(least, value_[m][half][kFoundAtOnce - 1]);
           }
         }
       }
+      quarter(strip, bar[0]);
     });
   }
 
@@ -296,6 +363,15 @@ struct TopK {
   }
 
  private:
+  // What a winner of the row is above, by what its four threads have in front of a tile: of one of them all
+  // eight, of two the best four, or of each the best two.
+  __device__ __forceinline__ float shared_bar(int m, int half) const {
+    static_assert(kFoundAtOnce == 8, "eight are as good or better");
+    const float (&values)[kFoundAtOnce] = value_[m][half];
+    const float of_two = ::fminf(values[3], __shfl_xor_sync(kAll, values[3], 1));
+    return ::fmaxf(least_of_row(values[1]), largest_of_row(::fmaxf(values[7], of_two)));
+  }
+
   // Best first; of equal ones the lowest index: kLater, that of those that are there.
   template <bool kLater>
   __device__ __forceinline__ static void insert(float value, int32_t index,
@@ -327,8 +403,9 @@ struct TopK {
 template <int kRowTiles_>
 struct Softmax {
   static constexpr int kRowTiles = kRowTiles_;
-  static constexpr float kHidden = -1e30f;  // no weight, and finite, as 0 times it is to be 0
-  static constexpr float kLeast = -1e20f;   // products are above, hidden ones below
+  static constexpr bool kHoldsScales = false;  // its sums leave no registers for them
+  static constexpr float kHidden = -1e30f;     // no weight, and finite, as 0 times it is to be 0
+  static constexpr float kLeast = -1e20f;      // products are above, hidden ones below
   // More than the weights of a tile's columns in a thread, none above 1: seven bits, that arguments of exp2
   // may lose.
   static constexpr float kMost = 128.0f;
@@ -336,6 +413,7 @@ struct Softmax {
   __device__ explicit Softmax(const Sweep& sweep) : steepness_(sweep.steepness) {}
 
   __device__ __forceinline__ static const float* scales(const Sweep& sweep) { return sweep.guide_scale; }
+  __device__ __forceinline__ int column() const { return place_.column(); }
 
   __device__ __forceinline__ void begin(const Place& place) {
     place_ = place;
@@ -366,37 +444,53 @@ struct Softmax {
     }
   }
 
-  template <int kSums>
-  __device__ __forceinline__ void tile(float (&sums)[kRowTiles][kSums], const float* scales, int32_t,
-                                       int columns) {
+  template <int kFrom, int kSums, int kTiles, typename OfTile, typename Quarter = Nothing>
+  __device__ __forceinline__ void tile(float (&sums)[kTiles][kSums], const OfTile& scales, int32_t,
+                                       int columns, const Quarter& quarter = {}) {
     static_assert(kSums / 2 < static_cast<int>(kMost), "the weights of a tile");
-    if (columns < kSums * 2) hide_columns<kRowTiles>(place_.column(), columns, kHidden, sums);
+    if (columns < kSums * 2) hide_columns(place_.column(), columns, kHidden, sums);
+    float totals[kTiles][2] = {}, weighteds[kTiles][2] = {};
     each_strip<kSums>(place_.column(), scales, [&](int strip, int, const Scales& scale) {
       CISC_UNROLL
-      for (int i = 0; i < 16; ++i) {
+      for (int m = 0; m < kTiles; ++m) {
         CISC_UNROLL
-        for (int m = 0; m < kRowTiles; ++m) sums[m][strip * 16 + i] *= scale.at[i / 4 * 2 + i % 2];
+        for (int half = 0; half < 2; ++half) {
+          // With a branch for each, the compiler takes one row after the other, and few registers.
+          if (!meets_[kFrom + m][half]) continue;
+          CISC_UNROLL
+          for (int i = 0; i < kStrip; ++i) sums[m][place_of(strip, half, i)] *= scale.at[i];
+          weigh_strip(kFrom + m, half, strip, sums[m], totals[m][half], weighteds[m][half]);
+        }
       }
+      quarter(strip, totals[0]);
     });
-    float totals[kRowTiles][2], weighteds[kRowTiles][2];
-    weigh(sums, totals, weighteds);
     bool far = false;
     CISC_UNROLL
-    for (int m = 0; m < kRowTiles; ++m) {
+    for (int m = kFrom; m < kFrom + kTiles; ++m) {
       CISC_UNROLL
       for (int half = 0; half < 2; ++half) {
-        far = far || (meets_[m][half] && (totals[m][half] > kMost || top_[m][half] == -kInfinity));
+        far = far || (meets_[m][half] && (totals[m - kFrom][half] > kMost || top_[m][half] == -kInfinity));
       }
     }
     // With a row's first tile, and now and then.
-    if (far && raise(sums)) weigh(sums, totals, weighteds);
+    if (far && raise<kFrom>(sums)) {
+      CISC_UNROLL
+      for (int m = 0; m < kTiles; ++m) {
+        totals[m][0] = totals[m][1] = weighteds[m][0] = weighteds[m][1] = 0.0f;
+        CISC_UNROLL
+        for (int strip = 0; strip < kSums / 16; ++strip) {
+          weigh_strip(kFrom + m, 0, strip, sums[m], totals[m][0], weighteds[m][0]);
+          weigh_strip(kFrom + m, 1, strip, sums[m], totals[m][1], weighteds[m][1]);
+        }
+      }
+    }
     CISC_UNROLL
-    for (int m = 0; m < kRowTiles; ++m) {
+    for (int m = kFrom; m < kFrom + kTiles; ++m) {
       CISC_UNROLL
       for (int half = 0; half < 2; ++half) {
         if (!meets_[m][half]) continue;
-        total_[m][half].add(totals[m][half]);
-        weighted_[m][half].add(weighteds[m][half]);
+        total_[m][half].add(totals[m - kFrom][half]);
+        weighted_[m][half].add(weighteds[m - kFrom][half]);
       }
     }
   }
@@ -425,48 +519,42 @@ struct Softmax {
   }
 
  private:
-  // Weights of each row's columns in the tile.
+  // Of the sums of a tile of rows, number i of a strip.
+  __device__ __forceinline__ static constexpr int place_of(int strip, int half, int i) {
+    return strip * 16 + i / 2 * 4 + half * 2 + i % 2;
+  }
+
+  // Adds the weights of a strip's columns for a row.
   template <int kSums>
-  __device__ __forceinline__ void weigh(const float (&sums)[kRowTiles][kSums],
-                                        // outputs
-                                        float (&totals)[kRowTiles][2],
-                                        float (&weighteds)[kRowTiles][2]) const {
+  __device__ __forceinline__ void weigh_strip(int m, int half, int strip, const float (&sums)[kSums],
+                                              // outputs
+                                              float& totals, float& weighteds) const {
+    const float top = top_[m][half] > -kInfinity ? top_[m][half] : 0.0f;
+    float total = 0.0f, weighted = 0.0f;
     CISC_UNROLL
-    for (int m = 0; m < kRowTiles; ++m) {
-      CISC_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        const float top = top_[m][half] > -kInfinity ? top_[m][half] : 0.0f;
-        totals[m][half] = weighteds[m][half] = 0.0f;
-        CISC_UNROLL
-        for (int first = 0; first < kSums; first += 16) {
-          float total = 0.0f, weighted = 0.0f;
-          CISC_UNROLL
-          for (int i = 0; i < kStrip; ++i) {
-            // The largest is 0 above itself: the slope may be huge.
-            const float above = sums[m][first + i / 2 * 4 + half * 2 + i % 2] - top;
-            const float weight = fast_exp2(above * slope_[m][half]);
-            total += weight;
-            weighted = fmaf(weight, above, weighted);
-          }
-          totals[m][half] += total;
-          weighteds[m][half] += weighted;
-        }
-      }
+    for (int i = 0; i < kStrip; ++i) {
+      // The largest is 0 above itself: the slope may be huge.
+      const float above = sums[place_of(strip, half, i)] - top;
+      const float weight = fast_exp2(above * slope_[m][half]);
+      total = i == 0 ? weight : total + weight;
+      weighted = i == 0 ? weight * above : fmaf(weight, above, weighted);
     }
+    totals += total;
+    weighteds += weighted;
   }
 
   // Make the weights of rows relative to the largest product that there is now; whether one is larger. No
   // weight of this tile is then above 1.
-  template <int kSums>
-  __device__ __forceinline__ bool raise(const float (&sums)[kRowTiles][kSums]) {
+  template <int kFrom, int kSums, int kTiles>
+  __device__ __forceinline__ bool raise(const float (&sums)[kTiles][kSums]) {
     bool raised = false;
     CISC_UNROLL
-    for (int m = 0; m < kRowTiles; ++m) {
+    for (int m = kFrom; m < kFrom + kTiles; ++m) {
       CISC_UNROLL
       for (int half = 0; half < 2; ++half) {
         float to = -kInfinity;
         CISC_UNROLL
-        for (int i = 0; i < kSums / 2; ++i) to = ::fmaxf(to, sums[m][i / 2 * 4 + half * 2 + i % 2]);
+        for (int i = 0; i < kSums / 2; ++i) to = ::fmaxf(to, sums[m - kFrom][i / 2 * 4 + half * 2 + i % 2]);
         if (!meets_[m][half] || !(to > top_[m][half]) || to < kLeast) continue;
         if (top_[m][half] > -kInfinity) {
           const float by = top_[m][half] - to, factor = fast_exp2(by * slope_[m][half]);

@@ -68,7 +68,7 @@ struct Screen {
   }
 
   template <int kSums>
-  __device__ __forceinline__ void tile(int32_t (&sums)[1][kSums], const Step*, int32_t first, int columns) {
+  __device__ __forceinline__ void tile(int32_t (&sums)[1][kSums], int32_t first, int columns) {
     static_assert(2 * kSums == kColumns, "a tile");
     Step* steps = steps_ + staging_ * kColumns;
     staging_ ^= 1;

@@ -86,86 +86,237 @@ __device__ __forceinline__ void bring(const Parameters& parameters, const Layout
   }
 }
 
-// A warp of each group lets go of a stage, in all blocks that share it.
-template <typename S>
-__device__ __forceinline__ void release(Barrier* empty, int lane) {
-  if constexpr (S::kCluster > 1) {
-    if (lane < S::kCluster) barrier_arrive_at(empty, static_cast<uint32_t>(lane));
-  } else {
-    if (lane == 0) barrier_arrive(empty);
-  }
+// What all threads of a warp have, so that the compiler knows it.
+template <typename T>
+__device__ __forceinline__ T of_warp(T value) {
+  return __shfl_sync(kAll, value, 0);
 }
 
-// The products of a group's rows with a tile, to its registers.
+// The same value, but the compiler does not know that.
+template <typename T>
+__device__ __forceinline__ const T* anew(const T* address) {
+#ifndef CISC_SIMT
+  asm volatile("" : "+l"(address));
+#endif
+  return address;
+}
+__device__ __forceinline__ int32_t anew(int32_t value) {
+#ifndef CISC_SIMT
+  asm volatile("" : "+r"(value));
+#endif
+  return value;
+}
+
+// Makes the products of a group's rows with tiles, to its registers. Where a shape overlaps, the second part
+// of a tile is on its way while the first is reduced.
 template <typename S, Matrix type>
-__device__ __forceinline__ void multiply(const RowShape& shape, const Layout<S>& layout, uint32_t tiles,
-                                         int group, int lane, Barriers* barriers,
-                                         const uint32_t (&held)[S::kHeld][4], Ring& ring,
-                                         // outputs
-                                         SumOf<type> (&sums)[S::kRowTiles][S::kSums]) {
-  constexpr int kBytes = 32;  // of a row, that an instruction multiplies
-  constexpr uint64_t kTile = 64 * kChunkBytes >> 4, kNext = kBytes >> 4;  // as descriptors count
-  [[maybe_unused]] constexpr int kUnrolled = S::kHeldChunks > 0 ? S::kHeldChunks : 1,
-                                 kSteps = kChunkBytes / kBytes;
-  const int32_t steps = S::kHeldChunks > 0 ? S::kHeldChunks : shape.steps();
-  int32_t previous = 0;
-  const bool in_turn = layout.in_turn(steps);
-  if (in_turn) meet(kTurn + group, kGroups * kWarpGroup);
+class Products {
+ public:
+  using Sums = SumOf<type>[S::kParts][S::kSums];
+  using Held = uint32_t[S::kHeldWords][4];
+
+  __device__ __forceinline__ Products(const RowShape& shape, const Layout<S>& layout, unsigned char* tiles,
+                                      Barriers* barriers, int group)
+      : shape_(shape),
+        layout_(layout),
+        barriers_(barriers),
+        group_(group),
+        lane_(static_cast<int>(threadIdx.x) % kWarp),
+        tiles_(of_warp(shared_address(tiles))),
+        rows_(tiles_ + static_cast<uint32_t>(of_warp(group)) * S::kRowTiles * 64 * kChunkBytes),
+        steps_(S::kChunks > 0 ? S::kChunks : shape.steps()),
+        in_turn_(layout.in_turn(steps_)) {
+    if (in_turn_ && group == 1) meet_without_waiting(kTurn, kGroups * kWarpGroup);
+  }
+
+  // The other group's last turn has no taker.
+  __device__ __forceinline__ void end() const {
+    if (in_turn_ && group_ == 0) meet(kTurn, kGroups * kWarpGroup);
+  }
+
+  // Of a tile; where parts overlap, the second is then on its way.
+  __device__ __forceinline__ void make(const Held& held,
+                                       // outputs
+                                       Sums& sums) {
+    if (in_turn_) meet(kTurn + group_, kGroups * kWarpGroup);
+    // Of the warp, so that what follows is computed once for it.
+    ring_.stage = of_warp(ring_.stage);
+    ring_.parity = of_warp(ring_.parity);
+    if constexpr (S::kOverlaps) {
+      make_parts(held, sums);
+    } else {
+      make_all(held, sums);
+    }
+  }
+
+  // While the first part is reduced, once it has come to these results: wait for a quarter of the second, and
+  // let its stage go.
+  __device__ __forceinline__ void quarter(int number, float (&results)[2]) const {
+    if constexpr (S::kOverlaps) {
+      hold(results);
+      if (number == 0) products_wait<3>();
+      if (number == 1) products_wait<2>();
+      if (number == 2) products_wait<1>();
+      if (number == 3) products_wait<0>();
+      release(stages_[number]);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void make_all(const Held& held,
+                                           // outputs
+                                           Sums& sums) {
+    constexpr int kUnrolled = S::kHeld ? S::kChunks : 1;
+    int32_t previous = 0;
 #pragma unroll kUnrolled
-  for (int32_t step = 0; step < steps; ++step) {
-    barrier_wait(&barriers->full[ring.stage], ring.parity);
-    const auto stage = tiles + static_cast<uint32_t>(layout.stage(ring.stage));
-    const uint32_t query =
-        (S::kResident ? tiles + static_cast<uint32_t>(layout.query(shape.query_chunk(step)))
-                      : stage + S::kGuideBytes) +
-        static_cast<uint32_t>(group) * S::kRowTiles * 64 * kChunkBytes;
-    const uint64_t a = fragments::descriptor(query), b = fragments::descriptor(stage);
-    products_begin();
+    for (int32_t step = 0; step < steps_; ++step) {
+      barrier_wait(&barriers_->full[ring_.stage], ring_.parity);
+      products_begin();
+#pragma unroll
+      for (int part = 0; part < S::kParts; ++part) multiply(step, ring_.stage, part, held, sums[part]);
+      products_commit();
+      if (step > 0) {
+        products_wait<1>();
+        release(previous);
+      }
+      previous = ring_.stage;
+      ring_.next(layout_.stages);
+    }
+    pass_turn();
+    products_wait<0>();
+#pragma unroll
+    for (int part = 0; part < S::kParts; ++part) hold(sums[part]);
+    release(previous);
+  }
+
+  // A group of products for the first part, and one for each step of the second.
+  __device__ __forceinline__ void make_parts(const Held& held,
+                                             // outputs
+                                             Sums& sums) {
+#pragma unroll
+    for (int step = 0; step < kQuarters; ++step) {
+      stages_[step] = ring_.stage;
+      barrier_wait(&barriers_->full[ring_.stage], ring_.parity);
+      products_begin();
+      multiply(step, ring_.stage, 0, held, sums[0]);
+      ring_.next(layout_.stages);
+    }
+    products_commit();
+#pragma unroll
+    for (int step = 0; step < kQuarters; ++step) {
+      products_begin();
+      multiply(step, stages_[step], 1, held, sums[S::kParts - 1]);
+      products_commit();
+    }
+    pass_turn();
+    products_wait<kQuarters>();
+    hold(sums[0]);
+  }
+
+  // A part's products of a step.
+  __device__ __forceinline__ void multiply(int32_t step, int32_t ring_stage, int part, const Held& held,
+                                           // outputs
+                                           SumOf<type> (&sums)[S::kSums]) const {
+    constexpr int kBytes = 32, kSteps = kChunkBytes / kBytes;  // of a row, that an instruction multiplies
+    const auto stage = static_cast<uint32_t>(layout_.stage(ring_stage));
+    const uint32_t query = S::kResident
+                               ? rows_ + static_cast<uint32_t>(layout_.query(shape_.query_chunk(step)))
+                               : rows_ + stage + S::kGuideBytes;
+    const int row_part = S::kColumnParts > 1 ? 0 : part, column_part = S::kColumnParts > 1 ? part : 0;
+    const uint64_t a = fragments::descriptor(query), b = fragments::descriptor(tiles_ + stage);
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
       const bool adds = step > 0 || k > 0;
-      if constexpr (S::kHeldChunks > 0) {
-        multiply_64<type, false>(sums[0], held[step * kSteps + k], b + k * kNext, adds);
+      const uint64_t columns =
+          fragments::further(b, column_part * S::kPartColumns * kChunkBytes + k * kBytes);
+      if constexpr (S::kHeld) {
+        multiply_64<type, false>(sums, held[step * kSteps + k], columns, adds);
       } else {
-#pragma unroll
-        for (int m = 0; m < S::kRowTiles; ++m) {
-          if constexpr (type == Matrix::s8) {
-            multiply_64(sums[m], a + m * kTile + k * kNext, b + k * kNext, adds);
-          } else {
-            multiply_64<type, false>(sums[m], a + m * kTile + k * kNext, b + k * kNext, adds);
-          }
+        const uint64_t here = fragments::further(a, row_part * 64 * kChunkBytes + k * kBytes);
+        if constexpr (type == Matrix::s8) {
+          multiply_64(sums, here, columns, adds);
+        } else {
+          multiply_64<type, false>(sums, here, columns, adds);
         }
       }
     }
-    products_commit();
-    if (step > 0) {
-      products_wait<1>();
-      release<S>(&barriers->empty[previous], lane);
-    }
-    previous = ring.stage;
-    ring.next(layout.stages);
   }
-  if (in_turn) meet_without_waiting(kTurn + 1 - group, kGroups * kWarpGroup);
-  products_wait<0>();
-#pragma unroll
-  for (int m = 0; m < S::kRowTiles; ++m) hold(sums[m]);
-  release<S>(&barriers->empty[previous], lane);
-}
+
+  __device__ __forceinline__ void pass_turn() const {
+    if (in_turn_) meet_without_waiting(kTurn + 1 - group_, kGroups * kWarpGroup);
+  }
+
+  // A warp of each group lets go of a stage, in all blocks that share it.
+  __device__ __forceinline__ void release(int32_t stage) const {
+    Barrier* empty = &barriers_->empty[stage];
+    if constexpr (S::kCluster > 1) {
+      if (lane_ < S::kCluster) barrier_arrive_at(empty, static_cast<uint32_t>(lane_));
+    } else {
+      if (lane_ == 0) barrier_arrive(empty);
+    }
+  }
+
+  const RowShape& shape_;
+  const Layout<S>& layout_;
+  Barriers* barriers_;
+  int group_, lane_;
+  uint32_t tiles_, rows_;  // in shared memory; rows: the group's
+  int32_t steps_;
+  bool in_turn_;
+  Ring ring_;
+  int32_t stages_[kQuarters] = {};  // of the tile's steps, where parts overlap
+};
 
 // The 16 rows of a warp, of all chunks, to its registers.
 template <typename S>
 __device__ __forceinline__ void hold_rows(const Layout<S>& layout, const unsigned char* tiles, int first_row,
                                           int lane,
                                           // outputs
-                                          uint32_t (&held)[S::kHeld][4]) {
+                                          uint32_t (&held)[S::kHeldWords][4]) {
   // Of the four matrices [8,8] of 16 rows and 16 numbers, a lane names a row of one.
   const int row = first_row + lane % 16, half = lane / 16;
 #pragma unroll
-  for (int chunk = 0; chunk < S::kHeldChunks; ++chunk) {
+  for (int chunk = 0; chunk < S::kChunks; ++chunk) {
 #pragma unroll
     for (int k = 0; k < kChunk16 / 16; ++k) {
       load_matrices(tiles + layout.query(chunk) + fragments::swizzled(row, k * 32 + half * 16),
                     held[chunk * (kChunk16 / 16) + k]);
+    }
+  }
+}
+
+// A group's rows meet a tile, which begins at position `first` and has `columns`.
+template <typename S, Matrix type, typename Scale, typename Reducer>
+__device__ __forceinline__ void reduce_tile(const Scale* scales, int32_t first, int columns,
+                                            const typename Products<S, type>::Held& held,
+                                            Products<S, type>& products, Reducer& reducer) {
+  typename Products<S, type>::Sums sums;
+  if constexpr (S::kMoreBytes > 0) {
+    reducer.ahead(scales);
+    products.make(held, sums);
+    reducer.tile(sums, first, columns);
+  } else {
+    const reduce::ScalesThere there{scales + reducer.column()};
+    using OfTile = std::conditional_t<S::kHoldsScales && Reducer::kHoldsScales, reduce::ScalesHeld<S::kSums>,
+                                      reduce::ScalesThere>;
+    const OfTile of_tile(there);
+    products.make(held, sums);
+    if constexpr (S::kOverlaps) {
+      static_assert(S::kSums == kQuarters * 16, "a quarter is a strip");
+      reducer.template tile<0>(reduce::only(sums[0]), of_tile, first, columns,
+                               [&](int done, float (&results)[2]) { products.quarter(done, results); });
+      hold(sums[1]);
+    } else {
+      reducer.template tile<0>(reduce::only(sums[0]), of_tile, first, columns);
+    }
+    if constexpr (S::kColumnParts == 2) {
+      const reduce::ScalesThere behind{there.from + S::kPartColumns};
+      reducer.template tile<0>(reduce::only(sums[1]), behind, first + S::kPartColumns,
+                               columns - S::kPartColumns);
+    } else if constexpr (S::kParts == 2) {
+      // Read once more, as keeping them takes more registers than there are.
+      const OfTile once_more(reduce::ScalesThere{anew(there.from)});
+      reducer.template tile<1>(reduce::only(sums[1]), once_more, first, columns);
     }
   }
 }
@@ -175,52 +326,65 @@ template <typename S, Matrix type, typename Reducer>
 __device__ __forceinline__ void reduce_all(const Parameters& parameters, const Layout<S>& layout,
                                            unsigned char* tiles, Barriers* barriers, int group) {
   const Sweep& p = parameters.sweep;
-  const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp % 4;
-  const uint32_t rank = S::kCluster > 1 ? cluster_rank() : 0;
-  const int32_t clusters = static_cast<int32_t>(gridDim.x) / S::kCluster, items = p.units * p.splits;
-  // Of the cluster's rows, the first of the warp.
-  const int first_row =
-      static_cast<int>(rank) * S::kRows + group * S::kRowTiles * 64 + fragments::first_row(warp);
   Reducer reducer(p);
   if constexpr (S::kMoreBytes > 0) reducer.take_memory(tiles + layout.more(), static_cast<int>(threadIdx.x));
-  uint32_t held[S::kHeld][4];
-  Ring ring, queries;
-  const bool in_turn = layout.in_turn(p.shape.steps());
-  if (in_turn && group == 1) meet_without_waiting(kTurn, kGroups * kWarpGroup);
-  for (auto number = static_cast<int32_t>(blockIdx.x) / S::kCluster; number < items; number += clusters) {
-    const auto item = Item<S::kColumns>::of(p, number);
-    if (p.skips(item.unit)) continue;
-    const reduce::Group rows{item.image, item.unit, item.split, item.first};
-    const reduce::Place place{item.first + first_row, 64, lane};
-    reducer.begin(place);
-    reduce::prepare(p, rows, place, reducer);
-    Walk walk = item.walk(p);
+  uint32_t held[S::kHeldWords][4];
+  Ring queries;
+  Products<S, type> products(p.shape, layout, tiles, barriers, group);
+  for (auto number = static_cast<int32_t>(blockIdx.x) / S::kCluster; number < p.units * p.splits;
+       number += static_cast<int32_t>(gridDim.x) / S::kCluster) {
+    // All registers go to the sums: what is known of an item is computed anew where it is asked for.
+    const auto item_now = [&] { return Item<S::kColumns>::of(p, anew(number)); };
+    const auto rows_of = [](const auto& item) {
+      return reduce::Group{item.image, item.unit, item.split, item.first};
+    };
+    const auto place_of = [&](const auto& item) {
+      const int thread = anew(static_cast<int32_t>(threadIdx.x));
+      const uint32_t rank = S::kCluster > 1 ? cluster_rank() : 0;
+      const int first_row = static_cast<int>(rank) * S::kRows + thread / kWarpGroup * S::kRowTiles * 64 +
+                            fragments::first_row(thread / kWarp % 4);
+      return reduce::Place{item.first + first_row, 64, thread % kWarp};
+    };
+    {
+      const auto item = item_now();
+      if (p.skips(item.unit)) continue;
+      reducer.begin(place_of(item));
+      reduce::prepare(p, rows_of(item), place_of(item), reducer);
+    }
     bool brought = false;
-    Segment segment;
-    while (walk.next(&segment)) {
+    Walk::Mark mark{-1, 0};
+    for (;;) {
+      const auto item = item_now();
+      Walk walk = item.walk(p);
+      if (brought) walk.go_on(mark);
+      Segment segment;
+      if (!walk.next(&segment)) break;
+      mark = {of_warp(walk.mark().bin), of_warp(walk.mark().passed)};
       if (S::kResident && !brought) {
-        brought = true;
         barrier_wait(&barriers->query_full, queries.parity);
         queries.next(1);
-        if constexpr (S::kHeldChunks > 0) {
-          hold_rows<S>(layout, tiles, group * 64 + fragments::first_row(warp), lane, held);
+        if constexpr (S::kHeld) {
+          const int thread = static_cast<int>(threadIdx.x);
+          hold_rows<S>(layout, tiles, group * 64 + fragments::first_row(thread / kWarp % 4), thread % kWarp,
+                       held);
         }
       }
-      reducer.segment(segment.first_query, segment.behind_query);
-      for (int32_t tile = segment.first_tile; tile < segment.end_tile; ++tile) {
-        const int32_t first = segment.begin + tile * S::kColumns, left = segment.end - first;
-        const auto* scales = Reducer::scales(p) + (item.image * p.guide_pixels + first);
-        if constexpr (S::kMoreBytes > 0) reducer.ahead(scales);
-        SumOf<type> sums[S::kRowTiles][S::kSums];
-        multiply<S, type>(p.shape, layout, shared_address(tiles), group, lane, barriers, held, ring, sums);
-        reducer.tile(sums, scales, first, left < S::kColumns ? left : S::kColumns);
+      brought = true;
+      reducer.segment(of_warp(segment.first_query), of_warp(segment.behind_query));
+      const int32_t begin = of_warp(segment.begin), end = of_warp(segment.end);
+      const int32_t end_tile = of_warp(segment.end_tile);
+      const auto* of_image = Reducer::scales(p) + item.image * p.guide_pixels;
+      for (int32_t tile = of_warp(segment.first_tile); tile < end_tile; ++tile) {
+        const int32_t first = begin + tile * S::kColumns, left = end - first;
+        reduce_tile<S, type>(of_image + first, first, left < S::kColumns ? left : S::kColumns, held, products,
+                             reducer);
       }
     }
-    if (brought && lane == 0) barrier_arrive(&barriers->query_empty);
-    reduce::finish(p, rows, place, reducer);
+    if (S::kResident && brought && threadIdx.x % kWarp == 0) barrier_arrive(&barriers->query_empty);
+    const auto item = item_now();
+    reduce::finish(p, rows_of(item), place_of(item), reducer);
   }
-  // The other group's last turn has no taker.
-  if (in_turn && group == 0) meet(kTurn, kGroups * kWarpGroup);
+  products.end();
 }
 
 #endif  // CISC_HOPPER

@@ -34,12 +34,18 @@ struct RowShape {
   CISC_HD int32_t passes() const { return !split ? 1 : chunks == 1 ? 4 : 3; }
   CISC_HD int32_t steps() const { return passes() * chunks; }
   CISC_HD int32_t query_chunk(int32_t step) const {
-    const int32_t left = passes() - step / chunks;  // passes, with this one
-    return step % chunks + (left == 4 || left == 2 ? chunks : 0);
+    const int32_t gone = gone_passes(step), left = passes() - gone;
+    return step - gone * chunks + (left == 4 || left == 2 ? chunks : 0);
   }
   CISC_HD int32_t guide_chunk(int32_t step) const {
-    const int32_t left = passes() - step / chunks;
-    return step % chunks + (left >= 3 ? chunks : 0);
+    const int32_t gone = gone_passes(step), left = passes() - gone;
+    return step - gone * chunks + (left >= 3 ? chunks : 0);
+  }
+
+ private:
+  // step / chunks, of four passes at the most: a division would take as long as a step's products.
+  CISC_HD int32_t gone_passes(int32_t step) const {
+    return (step >= chunks ? 1 : 0) + (step >= 2 * chunks ? 1 : 0) + (step >= 3 * chunks ? 1 : 0);
   }
 };
 
@@ -98,6 +104,17 @@ class Walk {
     const int32_t all = tiles();
     first_tile_ = static_cast<int32_t>(static_cast<int64_t>(all) * split / splits);
     end_tile_ = static_cast<int32_t>(static_cast<int64_t>(all) * (split + 1) / splits);
+  }
+
+  // Where a walk stands: the same one begun anew goes on from there.
+  struct Mark {
+    int32_t bin, passed;
+  };
+
+  CISC_HD Mark mark() const { return {bin_, passed_}; }
+  CISC_HD void go_on(const Mark& mark) {
+    bin_ = mark.bin;
+    passed_ = mark.passed;
   }
 
   CISC_HD bool next(Segment* segment) {

@@ -33,6 +33,12 @@ CISC_HD constexpr uint64_t descriptor(uint32_t address) {
          static_cast<uint64_t>(kSwizzleBytes >> 4) << 32 | uint64_t{1} << 62;
 }
 
+// The same tile from `bytes` further on: addresses leave the upper half as it is.
+CISC_HD constexpr uint64_t further(uint64_t descriptor, int bytes) {
+  const auto low = static_cast<uint32_t>(descriptor) + static_cast<uint32_t>(bytes >> 4);
+  return (descriptor >> 32 << 32) | low;
+}
+
 // The same, where the sum goes along the rows: the next 64 columns of the result are `pitch` bytes further
 // on.
 CISC_HD constexpr uint64_t transposed_descriptor(uint32_t address, uint32_t pitch) {

@@ -135,12 +135,14 @@ __device__ __forceinline__ void barrier_arrive(Barrier* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
-// Arrive at the barrier that block `rank` of the cluster has at the same place.
+// Arrive at the barrier that block `rank` of the cluster has at the same place. It orders products, which are
+// made once they have been waited for, and copies; for what threads have written themselves it would need
+// .release.cluster, a fence of the whole GPU each time.
 __device__ __forceinline__ void barrier_arrive_at(Barrier* barrier, uint32_t rank) {
   asm volatile(
       "{\n.reg .b32 there;\n"
       "mapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(barrier)),
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(barrier)),
       "r"(rank)
       : "memory");
 }
@@ -152,12 +154,13 @@ __device__ __forceinline__ void barrier_expect(Barrier* barrier, uint32_t bytes)
                : "memory");
 }
 
-// Until the phase of this parity is over: the first phase has 0. Of a new barrier, that of 1 is.
+// Until the phase of this parity is over: the first phase has 0. Of a new barrier, that of 1 is. What copies
+// have brought is there then; .acquire.cluster would throw L1 away each time.
 __device__ __forceinline__ void barrier_wait(Barrier* barrier, uint32_t parity) {
   asm volatile(
       "{\n.reg .pred done;\n"
       "again:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@done bra over;\n"
       "bra again;\n"
       "over:\n}" ::"r"(shared_address(barrier)),
