@@ -243,7 +243,7 @@ __device__ __forceinline__ int32_t sorted(int32_t position) {
 }
 
 __device__ __forceinline__ int32_t position_of(int64_t winner) {
-  return winner < 0 && (winner == -1 || winner == kNoWinner) ? kBehind : pixel_of(winner);
+  return winner == -1 || winner == kNoWinner ? kBehind : pixel_of(winner);
 }
 
 // Sorts a row's winners in memory by their positions, ascending, those that are -1 behind all others. All
