@@ -66,10 +66,10 @@ struct Bounds {
   float slope, margin;
 
   // What is not in a row's error, twice over: a float32 cosine, whose sum of C products has a rounding for
-  // every 32nd of them at least, 5 among the warp's threads and a few of factors; and V and W themselves,
-  // four roundings of numbers up to 10 / a.
+  // every 8th of them, 3 among the threads that share them and a few of factors; and V and W themselves, four
+  // roundings of numbers up to 10 / a.
   CISC_HD static float slack(int64_t channels) {
-    return static_cast<float>(static_cast<double>(channels + 1024) * 0x1p-27);
+    return static_cast<float>(static_cast<double>(channels + 512) * 0x1p-26);
   }
 
   CISC_HD static Bounds of(const Step& query, float slack) {

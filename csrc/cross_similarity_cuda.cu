@@ -384,7 +384,6 @@ class Sweeps {
     finish.bounds = sweep.winners + results_ * kFoundAtOnce;
     finish.query = pairs.query();
     finish.guide = pairs.guide();
-    finish.form = packing_.form;
     check(schedule_.units() <= INT32_MAX, kForward, "these shapes have too many classes and pixels");
     const int64_t step = schedule_.units_at_once(screens_ ? kScreenBytes : kResultBytes, row_bytes_);
     for (int64_t first = 0; first < schedule_.units(); first += step) {
@@ -399,11 +398,11 @@ class Sweeps {
         finish.last = finish.found_before + kFoundAtOnce >= finish.k;
         chip_.sweep(gpu_, sweep);
         finish.sweep = sweep;
-        const auto kernel = reduction_ == Reduction::topk  ? finish_kernel<Reduction::topk>
-                            : reduction_ == Reduction::max ? finish_kernel<Reduction::max>
-                                                           : finish_kernel<Reduction::softmax>;
-        gpu_.launch(kernel, ceil_div(sweep.units * schedule_.rows * kWarp, kFinishThreads), kFinishThreads, 0,
-                    finish);
+        const auto kernel = with_form(packing_.form, [&](auto form) {
+          return finish_kernel<decltype(form)::value>(reduction_, finish.k);
+        });
+        const int lanes = reduction_ == Reduction::softmax ? 1 : kRowLanes;
+        gpu_.launch(kernel, finish_blocks(sweep, lanes), kFinishThreads, 0, finish);
       }
     }
   }
@@ -432,8 +431,9 @@ class Sweeps {
     gpu_.launch(flag_kernel, screen.units, kFinishThreads, 0, screen, flags);
     finish.sweep = sweep;
     finish.sweep.flags = flags;
-    gpu_.launch(finish_screen_kernel, ceil_div(screen.units * schedule_.rows * kWarp, kFinishThreads),
-                kFinishThreads, 0, finish, screen);
+    const auto kernel =
+        with_form(packing_.form, [](auto form) { return finish_screen_kernel<decltype(form)::value>; });
+    gpu_.launch(kernel, finish_blocks(screen, kRowLanes), kFinishThreads, 0, finish, screen);
   }
 
   const Gpu& gpu_;

@@ -129,14 +129,24 @@ struct Screen {
         const int32_t position = __shfl_xor_sync(kAll, top.position, bits);
         if (most > top.most || (most == top.most && position > top.position)) top = {most, position};
       }
+      // Four rows at a time have eight threads each.
       float cosine = -kInfinity;
       CISC_ROLL
-      for (int row = 0; row < 8; ++row) {
+      for (int first = 0; first < 8; first += kWarp / kRowLanes) {
+        const int row = first + place_.lane / kRowLanes;
         const int32_t position = __shfl_sync(kAll, top.position, 4 * row);
-        if (position < 0) continue;
-        const int32_t own = place_.first + row + 8 * half;
-        const float value = p.packed.cosine(image * p.query_pixels + own, image * p.guide_pixels + position);
-        if (place_.lane / 4 == row) cosine = value;
+        const bool there = position >= 0;
+        const int64_t other[1] = {image * p.guide_pixels + (there ? position : 0)};
+        float value[1];
+        const int64_t own_row = image * p.query_pixels + (there ? place_.first + row + 8 * half : 0);
+        if (p.packed.shape.split) {
+          p.packed.cosines<true>(own_row, other, value);
+        } else {
+          p.packed.cosines<false>(own_row, other, value);
+        }
+        const int own = place_.lane / 4 - first;  // of this thread's candidates
+        const float here = __shfl_sync(kAll, value[0], (own & 3) * kRowLanes);
+        if (own == (own & 3)) cosine = here;
       }
       // One that is NaN is infinite already.
       if (top.position >= 0 && top.most < kInfinity) {

@@ -15,7 +15,20 @@
 
 namespace cisc::cross_similarity {
 
-constexpr int kRowNumbers = 8;  // of 16 bits, that a thread reads at once
+constexpr int kRowNumbers = 8;                     // of 16 bits, that a thread reads at once
+constexpr int kRowLanes = kChunk16 / kRowNumbers;  // threads that share a row, chunk by chunk
+
+// This thread among those of its row.
+__device__ __forceinline__ int row_lane() { return static_cast<int>(threadIdx.x) % kRowLanes; }
+
+// Sum over the threads that share a row, the same to all of them, in a fixed order. All threads of a warp.
+__device__ __forceinline__ float row_sum(float value) {
+#pragma unroll
+  for (int distance = kRowLanes / 2; distance > 0; distance /= 2) {
+    value += __shfl_xor_sync(kAll, value, distance);
+  }
+  return value;
+}
 
 // Rows of 16-bit numbers of both sides.
 struct Packed {
@@ -25,30 +38,75 @@ struct Packed {
   const float *query_scale, *guide_scale;   // [images,pixels]: times which a row is a unit vector
   float error;                              // what a cosine of rows may be off from that of the features
 
-  __device__ __forceinline__ float widen(uint16_t bits) const {
-    return type == Matrix::bf16 ? BFloat16{bits}.widen() : Float16{bits}.widen();
+  // Cosines of a row and n others, to all threads that share it. All threads of a warp, for four rows.
+  // kSplit: shape.split
+  template <bool kSplit, int n>
+  __device__ __forceinline__ void cosines(int64_t row, const int64_t (&others)[n],
+                                          // outputs
+                                          float (&values)[n]) const {
+    const float scale = query_scale[row];
+    float scales[n];
+#pragma unroll
+    for (int j = 0; j < n; ++j) {
+      scales[j] = guide_scale[others[j]];
+      values[j] = 0.0f;
+    }
+    if (!kSplit && type == Matrix::bf16) {
+      add_products<BFloat16, false>(row, others, values);
+    } else {
+      add_products<Float16, kSplit>(row, others, values);
+    }
+#pragma unroll
+    for (int j = 0; j < n; ++j) values[j] = row_sum(values[j]) * (scale * scales[j]);
   }
 
-  // Cosine of two rows, to all threads of a warp.
-  __device__ __forceinline__ float cosine(int64_t row, int64_t other) const {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
-    const int64_t width = shape.width(), rest = static_cast<int64_t>(shape.chunks) * kChunk16;
-    const uint16_t *a = query_rows + row * width, *b = guide_rows + other * width;
-    float sum = 0.0f;
-    for (int64_t c = lane * kRowNumbers; c < rest; c += kWarp * kRowNumbers) {
-      const auto left = read_pack<kRowNumbers>(a + c), right = read_pack<kRowNumbers>(b + c);
-      Pack<uint16_t, kRowNumbers> left_rest{}, right_rest{};
-      if (shape.split) {
-        left_rest = read_pack<kRowNumbers>(a + rest + c);
-        right_rest = read_pack<kRowNumbers>(b + rest + c);
+ private:
+  // A thread's part of the products of rows.
+  template <typename Number, bool kSplit, int n>
+  __device__ __forceinline__ void add_products(int64_t row, const int64_t (&others)[n],
+                                               // outputs
+                                               float (&sums)[n]) const {
+    using Numbers = Pack<uint16_t, kRowNumbers>;
+    constexpr int kHalves = kSplit ? 2 : 1, kDepth = n == 1 ? 4 / kHalves : 1;  // chunks read at once
+    const int64_t width = shape.width();
+    const int first = row_lane() * kRowNumbers;
+    const uint16_t *a = query_rows + row * width + first, *b[n];
+#pragma unroll
+    for (int j = 0; j < n; ++j) b[j] = guide_rows + others[j] * width + first;
+#pragma unroll 1
+    for (int32_t chunk = 0; chunk < shape.chunks; chunk += kDepth) {
+      Numbers left[kDepth][kHalves], right[kDepth][n][kHalves];
+#pragma unroll
+      for (int d = 0; d < kDepth; ++d) {
+#pragma unroll
+        for (int half = 0; half < kHalves; ++half) {
+          const bool inside = chunk + d < shape.chunks;
+          const int32_t at = opaque((chunk + half * shape.chunks) * kChunk16) + d * kChunk16;
+          left[d][half] = inside ? read_pack<kRowNumbers>(a + at) : Numbers{};
+#pragma unroll
+          for (int j = 0; j < n; ++j) {
+            right[d][j][half] = inside ? read_pack<kRowNumbers>(b[j] + at) : Numbers{};
+          }
+        }
       }
 #pragma unroll
-      for (int i = 0; i < kRowNumbers; ++i) {
-        sum = fmaf(widen(left.at[i]) + widen(left_rest.at[i]), widen(right.at[i]) + widen(right_rest.at[i]),
-                   sum);
+      for (int d = 0; d < kDepth; ++d) {
+#pragma unroll
+        for (int i = 0; i < kRowNumbers; ++i) {
+          const float of_left = widen<Number>(left[d], i);
+#pragma unroll
+          for (int j = 0; j < n; ++j) sums[j] = fmaf(of_left, widen<Number>(right[d][j], i), sums[j]);
+        }
       }
     }
-    return warp_sum(sum) * (query_scale[row] * guide_scale[other]);
+  }
+
+  // A number of a row, in one piece or two.
+  template <typename Number, int kHalves>
+  __device__ __forceinline__ static float widen(const Pack<uint16_t, kRowNumbers> (&halves)[kHalves], int i) {
+    float value = Number{halves[0].at[i]}.widen();
+    if constexpr (kHalves == 2) value += Number{halves[1].at[i]}.widen();
+    return value;
   }
 };
 
@@ -79,7 +137,7 @@ struct Sweep {
   Packed packed;
   // outputs: positions in the guide's order
   State* states;     // [units,splits,rows]
-  int64_t* winners;  // [units,splits,rows,kFoundAtOnce] of "topk", packed
+  int64_t* winners;  // [units,splits,rows,kFoundAtOnce] of "topk", packed, the best first
   // [units,splits,rows,kCandidates] of a sweep that screens. Its states have how many there are as their
   // index, what the best one's V is above as `best`, the largest V as `top`, and `open` where some are
   // lacking.

@@ -183,6 +183,30 @@ def test_more_winners_than_a_sweep_finds(device: str, chip: int, k: int) -> None
 
 
 @on_chips
+@pytest.mark.parametrize("k", [3, 8, 13, 40, 200])
+def test_winners_ascend(device: str, chip: int, k: int) -> None:
+    """The winners that are kept for backward: the best ones, by their index, -1 behind them."""
+    inputs = images((1, 16, 9, 13, 21, 27), 4, torch.float32, seed=4)
+    classes = torch.tensor([[0, 1, 2, 3, 7]])
+    tensors = [inputs[name].to(device) for name in ("query", "guide", "guide_labels")]
+    _, _, saved = torch.ops.cisc_ext.cross_similarity(
+        *tensors, classes.to(device), None, "topk", k, 0.07, 255, 1e-8, False, True
+    )
+    query, guide = (
+        torch.nn.functional.normalize(inputs[name].double().flatten(2)[0], dim=0)
+        for name in ("query", "guide")
+    )
+    labels = inputs["guide_labels"].flatten()
+    for slot, wanted in enumerate(classes[0]):
+        pixels = (labels == wanted).nonzero()[:, 0]
+        count = min(k, len(pixels))
+        best = (query.T @ guide[:, pixels]).topk(count).indices
+        got = saved[0, slot].flatten(0, 1).cpu()
+        assert (got[:, count:] == -1).all()
+        assert torch.equal(got[:, :count], pixels[best].sort().values)
+
+
+@on_chips
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_equal_vectors_and_what_is_not_finite(device: str, chip: int, dtype: torch.dtype) -> None:
     """The lowest index of equal ones, in tiles far apart; NaN and inf count as more than all."""
