@@ -138,7 +138,7 @@ class Pairs {
         side.starts = take(images * (kBins + 1));
         int32_t* counts = take(images * class_sort::chunks_of(side.pixels) * kBins);
         const LabelBins bins{side, &side == &query_, in_.settings.ignore_index};
-        sort_items(gpu_, bins, images, side.pixels, counts, side.order, side.starts);
+        class_sort::sort_items(gpu_, bins, images, side.pixels, counts, side.order, side.starts);
       }
       // Packing measures what is sorted; of ignored pixels backward asks whether they are finite.
       if (!packing_ || (packing_->finite && &side == &query_ && sorted)) {
