@@ -3,7 +3,8 @@
 //
 // A label goes to one of 256 bins. Bytes have a bin for each value; of wider labels those that are no byte
 // share the last one, with 255, so that whoever meets it compares the labels too. The sort is stable: in
-// chunks of items, the bins are counted; counts become places; each bin's items go to their place in order.
+// chunks of items, the bins are counted; counts become places; each bin's items go to their place in order
+// (class_sort.cuh).
 #pragma once
 
 #include <cstdint>
@@ -23,29 +24,6 @@ CISC_HD int32_t bin_of(int64_t label) {
 }
 
 CISC_HD int64_t chunks_of(int64_t items) { return ceil_div(items, kChunk); }
-
-// Counts of a bin in each chunk become the number of its items in those in front; returns that in all.
-// counts: [chunks,kBins]
-CISC_HD int32_t count_in_front(int32_t* counts, int64_t chunks, int32_t bin) {
-  int32_t sum = 0;
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    int32_t& count = counts[chunk * kBins + bin];
-    const int32_t here = count;
-    count = sum;
-    sum += here;
-  }
-  return sum;
-}
-
-// Items of a bin in a chunk, ascending, to their place in the order.
-// bins: [items], of the chunk, -1 = left out
-CISC_HD void scatter(const int32_t* bins, int64_t items, int32_t bin, int64_t first_item, int64_t place,
-                     // outputs
-                     int32_t* order) {
-  for (int64_t i = 0; i < items; ++i) {
-    if (bins[i] == bin) order[place++] = static_cast<int32_t>(first_item + i);
-  }
-}
 
 // Positions of a sorted side that a tile has to meet: ranges one after the other, none twice.
 struct SkipList {

@@ -7,7 +7,7 @@
 
 #include <algorithm>
 
-#include "class_sort.h"
+#include "class_sort.cuh"
 #include "cross_similarity_arguments.h"
 #include "cross_similarity_plan.h"
 #include "cross_similarity_state.cuh"
@@ -18,7 +18,6 @@ namespace cisc::cross_similarity {
 namespace {
 
 using class_sort::kBins;
-using class_sort::kChunk;
 using class_sort::kTile;
 using class_sort::Schedule;
 using class_sort::SkipList;
@@ -157,65 +156,6 @@ struct LabelBins {
     return ignores && label == ignore_index ? -1 : class_sort::bin_of(label);
   }
 };
-
-// A block has a chunk of an image's items.
-template <typename Bins>
-__global__ void __launch_bounds__(kThreads) count_bins_kernel(Bins bins, int64_t items, int64_t chunks,
-                                                              // outputs
-                                                              int32_t* counts /* [images,chunks,kBins] */) {
-  CISC_SHARED(here, int32_t[kBins]);
-  const int64_t image = blockIdx.x / chunks, first = blockIdx.x % chunks * kChunk;
-  here[threadIdx.x] = 0;
-  __syncthreads();
-  for (int64_t i = first + threadIdx.x; i < first + kChunk && i < items; i += kThreads) {
-    const int32_t bin = bins(image, i);
-    if (bin >= 0) atomicAdd(&here[bin], 1);
-  }
-  __syncthreads();
-  counts[static_cast<int64_t>(blockIdx.x) * kBins + threadIdx.x] = here[threadIdx.x];
-}
-
-// A block has an image, a thread a bin.
-__global__ void __launch_bounds__(kBins)
-    place_bins_kernel(int64_t chunks,
-                      // outputs
-                      int32_t* counts /* [images,chunks,kBins] */, int32_t* starts /* [images,kBins + 1] */) {
-  CISC_SHARED(totals, int32_t[kBins]);
-  const int64_t image = blockIdx.x;
-  const int32_t bin = static_cast<int32_t>(threadIdx.x);
-  totals[bin] = class_sort::count_in_front(counts + image * chunks * kBins, chunks, bin);
-  __syncthreads();
-  int32_t start = 0;
-  for (int i = 0; i < bin; ++i) start += totals[i];
-  starts[image * (kBins + 1) + bin] = start;
-  if (bin == kBins - 1) starts[image * (kBins + 1) + kBins] = start + totals[bin];
-}
-
-template <typename Bins>
-__global__ void __launch_bounds__(kBins)
-    scatter_kernel(Bins bins, int64_t items, int64_t chunks, const int32_t* counts, const int32_t* starts,
-                   // outputs
-                   int32_t* order /* [images,items] */) {
-  CISC_SHARED(of, int32_t[kChunk]);
-  const int64_t image = blockIdx.x / chunks, first = blockIdx.x % chunks * kChunk;
-  const int64_t count = items - first < kChunk ? items - first : kChunk;
-  for (int64_t i = threadIdx.x; i < count; i += kBins) of[i] = bins(image, first + i);
-  __syncthreads();
-  const int32_t bin = static_cast<int32_t>(threadIdx.x);
-  const int64_t place =
-      starts[image * (kBins + 1) + bin] + counts[static_cast<int64_t>(blockIdx.x) * kBins + bin];
-  class_sort::scatter(of, count, bin, first, place, order + image * items);
-}
-
-template <typename Bins>
-void sort_items(const Gpu& gpu, const Bins& bins, int64_t images, int64_t items, int32_t* counts,
-                // outputs
-                int32_t* order, int32_t* starts) {
-  const int64_t chunks = class_sort::chunks_of(items);
-  gpu.launch(count_bins_kernel<Bins>, images * chunks, kThreads, 0, bins, items, chunks, counts);
-  gpu.launch(place_bins_kernel, images, kBins, 0, chunks, counts, starts);
-  gpu.launch(scatter_kernel<Bins>, images * chunks, kBins, 0, bins, items, chunks, counts, starts, order);
-}
 
 // Pixels of a tile, in shared memory.
 struct Pixels {

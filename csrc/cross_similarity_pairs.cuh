@@ -33,14 +33,18 @@ struct Packing {
 };
 
 // A thread has a pixel.
-__global__ void __launch_bounds__(kThreads) measure_kernel(Side side, int64_t images, double eps) {
+__global__ void __launch_bounds__(kThreads, 4) measure_kernel(Side side, int64_t images, double eps) {
   const int64_t number = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (number >= images * side.pixels) return;
   const int64_t offset = side.offset(side.first + number / side.pixels, number % side.pixels);
   double squares = 0.0;
-  for (int64_t c = 0; c < side.channels; ++c) {
-    const double value = read_element(side.image.kind, side.image.data, offset + c * side.image.stride_c);
-    squares += value * value;
+  for (int64_t c = 0; c < side.channels; c += kDepth) {
+    float values[kDepth];
+    read_channels(side.image, offset + c * side.image.stride_c, 1, side.channels - c, values);
+#pragma unroll
+    for (int i = 0; i < kDepth; ++i) {
+      squares += static_cast<double>(values[i]) * static_cast<double>(values[i]);
+    }
   }
   const Length length = inverse_length(::sqrt(squares), eps);
   side.scale[number] = length.scale;
@@ -138,7 +142,7 @@ class Pairs {
         side.starts = take(images * (kBins + 1));
         int32_t* counts = take(images * class_sort::chunks_of(side.pixels) * kBins);
         const LabelBins bins{side, &side == &query_, in_.settings.ignore_index};
-        sort_items(gpu_, bins, images, side.pixels, counts, side.order, side.starts);
+        class_sort::sort_items(gpu_, bins, images, side.pixels, counts, side.order, side.starts);
       }
       // Packing measures what is sorted; of ignored pixels backward asks whether they are finite.
       if (!packing_ || (packing_->finite && &side == &query_ && sorted)) {
@@ -147,8 +151,8 @@ class Pairs {
       if (!packing_) return;
       rows = {packed, reinterpret_cast<float*>(take(pixels + kScalePad))};
       packed += pixels * packing_->shape.width();
-      gpu_.launch(pack_kernel, images * ceil_div(side.pixels, kTile), kThreads, 0, side, packing_->form,
-                  packing_->kind, packing_->shape, packing_->finite, in_.settings.eps, rows);
+      pack_rows(gpu_, side, images, packing_->form, packing_->shape, packing_->finite, in_.settings.eps,
+                rows);
     };
     ready(query_, query_rows_, own());
     ready(guide_, guide_rows_, true);

@@ -276,7 +276,8 @@ class ToGuide {
     int32_t *order = data_of<int32_t>(order_), *starts = data_of<int32_t>(starts_);
     gpu_.launch(share_kernel, ceil_div(images * entries_.rows, kThreads), kThreads, 0, entries_, p.grad,
                 images, p.query_pixels, shares);
-    sort_items(gpu_, entries_, images, entries_.rows * entries_.k, data_of<int32_t>(counts_), order, starts);
+    class_sort::sort_items(gpu_, entries_, images, entries_.rows * entries_.k, data_of<int32_t>(counts_),
+                           order, starts);
     gpu_.launch(add_winners_kernel, images * groups, kThreads, 8 * entries_.group * channels_, p, entries_,
                 channels_, shares, order, starts, begins, ends, data_of<double>(totals_));
   }

@@ -67,6 +67,9 @@ __global__ void exchanges(int* wrong) {
   *wrong += __ballot_sync(kAll, lane % 3 == 0) != 0x49249249u;
   *wrong += __any_sync(kAll, lane == 9) != true || __any_sync(kAll, lane > 31) != false;
   *wrong += __all_sync(kAll, lane < 32) != true || __all_sync(kAll, lane != 9) != false;
+  *wrong += __match_any_sync(kAll, lane % 3) != 0x49249249u << lane % 3;
+  *wrong += __match_any_sync(kAll, value) != 1u << lane;
+  *wrong += __match_any_sync(kAll, lane == 9 ? 1LL << 40 : 0LL) != (lane == 9 ? 1u << 9 : ~(1u << 9));
   int sum = lane;
   for (int bits = 16; bits > 0; bits /= 2) sum += __shfl_xor_sync(kAll, sum, bits);
   *wrong += sum != 31 * 16;

@@ -378,6 +378,17 @@ uint32_t ballot(bool value) {
   return bits;
 }
 
+uint32_t match(uint64_t value) {
+  const int turn = next_exchange(), self = running;
+  warps[self / kWarp].values[turn][self % kWarp] = value;
+  wait(Waits::warp);
+  uint32_t bits = 0;
+  for (int i = 0; i < kWarp; ++i) {
+    bits |= static_cast<uint32_t>(warps[self / kWarp].values[turn][i] == value) << i;
+  }
+  return bits;
+}
+
 unsigned char* dynamic_shared() { return dynamic[block_rank()].get(); }
 unsigned char* dynamic_shared(int rank) { return dynamic[rank].get(); }
 int64_t dynamic_bytes() { return dynamic_size; }

@@ -98,6 +98,8 @@ T& shared() {
 uint64_t exchange(uint64_t value, int from);
 // One bit of each thread of the warp.
 uint32_t ballot(bool value);
+// Threads of the warp that give the same bits.
+uint32_t match(uint64_t value);
 int lane();
 
 template <typename T>
@@ -174,6 +176,16 @@ T __shfl_down_sync(unsigned mask, T value, unsigned distance) {
 inline unsigned __ballot_sync(unsigned mask, bool value) {
   simt::want_all(mask);
   return simt::ballot(value);
+}
+
+// match.any.sync: which threads have the same bits.
+template <typename T>
+unsigned __match_any_sync(unsigned mask, T value) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
+  simt::want_all(mask);
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof value);
+  return simt::match(bits);
 }
 
 inline bool __any_sync(unsigned mask, bool value) { return __ballot_sync(mask, value) != 0; }
