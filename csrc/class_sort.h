@@ -74,8 +74,14 @@ struct Job {
 struct Cut {
   int64_t rows;     // of the one side, that are a tile
   int64_t columns;  // of the other side, that are met together
-  int64_t blocks;
+  int64_t blocks;   // at least, where there is enough to do
+  int64_t at_once =
+      0;  // blocks that a large GPU runs at a time: their last round is to be full; 0: do not care
 };
+
+constexpr int64_t kBlockColumns = 2;  // times cut.columns, that take as long as a block's begin and end
+constexpr int64_t kMostSplits = 32;   // for the sake of a full round
+constexpr int64_t kWorth = 25;        // a part of the time that is to be saved by more splits
 
 constexpr Cut kPlainCut{kTile, kTile, kBlocks};
 
@@ -89,10 +95,25 @@ struct Schedule {
     Schedule s{images, slots, ceil_div(pixels, cut.rows), 1, cut.rows};
     const int64_t all = s.units();
     if (all == 0) return s;
-    const int64_t wanted = ceil_div(cut.blocks, all), most = ceil_div(streamed, cut.columns) / kLeastTiles;
+    const int64_t columns = ceil_div(streamed, cut.columns), most = columns / kLeastTiles;
+    const int64_t wanted = ceil_div(cut.blocks, all);
     s.splits = wanted < most ? wanted : most;
     if (s.splits < 1) s.splits = 1;
+    if (cut.at_once > 0) s.splits = fastest(all, columns, most, cut.at_once);
     return s;
+  }
+
+  // Splits with which rounds of so many blocks take the least time; more of them only where that is worth it.
+  CISC_HD static int64_t fastest(int64_t units, int64_t columns, int64_t most, int64_t at_once) {
+    int64_t best = 1, least = 0;
+    for (int64_t splits = 1; splits <= kMostSplits && (splits == 1 || splits <= most); ++splits) {
+      const int64_t time = ceil_div(units * splits, at_once) * (ceil_div(columns, splits) + kBlockColumns);
+      if (splits == 1 || time * kWorth < least * (kWorth - 1)) {
+        best = splits;
+        least = time;
+      }
+    }
+    return best;
   }
 
   CISC_HD int64_t units() const { return images * slots * tiles; }

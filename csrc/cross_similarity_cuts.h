@@ -15,7 +15,7 @@ constexpr int64_t kSharedBytes = 227 << 10;
 constexpr int kMostStages = 12;
 constexpr int kQuarters =
     4;  // of a tile's part, that are reduced while so many steps of another are multiplied
-constexpr int64_t kWantedClusters = 132;  // items, two for each of a large GPU
+constexpr int64_t kMultiprocessors = 132;  // of a large GPU
 
 constexpr int64_t kBarrierBytes = 8 * (2 * kMostStages + 2);
 
@@ -23,28 +23,26 @@ constexpr int64_t kBarrierBytes = 8 * (2 * kMostStages + 2);
 // kRowTiles_: of 64 query rows, for each group; kColumns_: guide rows of a tile; kCluster_: blocks that share
 // the guide's tiles; kResident_: query rows stay in shared memory; kInTurn_: one group multiplies while the
 // other reduces; kChunks_: of each row exactly so many and none is split, 0: any; kHeld_: query rows stay in
-// registers; kMoreBytes_: of shared memory, that the reducer has; kColumnParts_: of a tile's columns, whose
-// products are apart
+// registers; kMoreBytes_: of shared memory, that the reducer has
 template <int kRowTiles_, int kColumns_, int kCluster_, bool kResident_, bool kInTurn_ = true,
-          int kChunks_ = 0, bool kHeld_ = false, int kMoreBytes_ = 0, int kColumnParts_ = 1>
+          int kChunks_ = 0, bool kHeld_ = false, int kMoreBytes_ = 0>
 struct BlockShape {
   static constexpr int kRowTiles = kRowTiles_, kColumns = kColumns_, kCluster = kCluster_;
-  static constexpr bool kResident = kResident_, kInTurn = kInTurn_, kHeld = kHeld_;
-  static constexpr int kChunks = kChunks_, kHeldWords = kHeld ? kChunks * kChunk16 / 16 : 1;
+  static constexpr int kChunks = kChunks_, kHeldWords = kHeld_ ? kChunks * kChunk16 / 16 : 1;
   static constexpr int kRows = kGroups * kRowTiles * 64;  // of a block
-  static constexpr int kColumnParts = kColumnParts_, kPartColumns = kColumns / kColumnParts;
-  // Of a tile's products: of 64 rows of a group, or of some of the columns; and sums that a thread has of it.
-  static constexpr int kParts = kRowTiles * kColumnParts, kSums = kPartColumns / 2;
-  // Whether one part is reduced while the other one's products are made.
-  static constexpr bool kOverlaps = kParts == 2 && kChunks == kQuarters && kInTurn;
+  static constexpr int kSums = kColumns / 2;              // of a thread, for a tile of 64 rows
+  // Whether a group makes products while it reduces those before: a step for each strip of a tile of 64 rows.
+  static constexpr bool kOverlaps = kChunks == kQuarters && kColumns == 32 * kQuarters && !kHeld_;
+  static constexpr int kBuffers = kOverlaps ? 2 : kRowTiles;  // of sums
+  static constexpr bool kResident = kResident_, kInTurn = kInTurn_ && !kOverlaps, kHeld = kHeld_;
   static constexpr int kQueryBytes = kRows * kChunkBytes, kGuideBytes = kColumns * kChunkBytes;  // of a chunk
   static constexpr int kStageBytes = kGuideBytes + (kResident ? 0 : kQueryBytes);
   static constexpr int kMoreBytes = kMoreBytes_;
-  static constexpr bool kHoldsScales = kColumns <= 128;  // a tile's, in registers
 
-  static_assert(kRowTiles == 1 || kColumnParts == 1, "parts of rows or of columns");
   static_assert(!kHeld || (kRowTiles == 1 && kResident && kChunks > 0), "registers for 64 rows of a group");
-  static_assert(kColumns % (8 * kCluster) == 0 && kColumns / kCluster <= 256 && kRows <= 256, "boxes of TMA");
+  static_assert(kRowTiles <= 2 && kColumns % (8 * kCluster) == 0 && kColumns / kCluster <= 256 &&
+                    kRows <= 256,
+                "boxes of TMA");
 };
 
 // Shared memory: the query's chunks, the stages, the barriers, what the reducer has.
@@ -80,18 +78,16 @@ bool fits(const RowShape& shape) {
   return Layout<S>::of(shape).stages >= kFewestStages;
 }
 
-template <int kChunks>
-using WideOf = BlockShape<2, 128, 2, true, true, kChunks>;  // 256 query rows of up to 256 numbers
-template <int kChunks>
-using LongOf =
-    BlockShape<1, 256, 2, true, true, kChunks, false, 0, 2>;  // 128 query rows of up to 512 numbers
-using Wide = WideOf<0>;
-using Long = LongOf<0>;
+using Wide = BlockShape<2, 128, 2, true>;       // 256 query rows of up to 256 numbers
+using Long = BlockShape<1, 256, 2, true>;       // 128 query rows of up to 512 numbers
 using Streamed = BlockShape<1, 256, 2, false>;  // any rows
+// Rows of 256 numbers.
+using Usual = BlockShape<2, 128, 2, true, false, kQuarters>;
+using UsualNarrow = BlockShape<1, 128, 2, true, false, kQuarters>;
 
 template <typename S>
 class_sort::Cut cut_of_shape() {
-  return {S::kRows * S::kCluster, S::kColumns, kWantedClusters};
+  return {S::kRows * S::kCluster, S::kColumns, 0, kMultiprocessors / S::kCluster};
 }
 
 // f(shape) for rows and a reduction; flagged: as what has set the flags
@@ -99,9 +95,10 @@ template <typename Function>
 auto with_shape(const RowShape& shape, Reduction reduction, bool flagged, const Function& f) {
   const bool usual = shape.chunks == kQuarters && !shape.split;
   if (reduction != Reduction::topk && !flagged && fits<Wide>(shape)) {
-    return usual ? f(WideOf<kQuarters>{}) : f(Wide{});
+    return usual ? f(Usual{}) : f(Wide{});
   }
-  if (fits<Long>(shape)) return usual && !flagged ? f(LongOf<kQuarters>{}) : f(Long{});
+  if (usual && !flagged) return f(UsualNarrow{});
+  if (fits<Long>(shape)) return f(Long{});
   return f(Streamed{});
 }
 

@@ -2,13 +2,13 @@
 // of which a thread has two rows and every fourth pair of columns (fragments::row, column).
 //
 // A reducer lives in registers while a group of query rows meets the guide:
-//   scales(sweep)        what it is to have of the guide's rows; a tile gets ScalesThere or ScalesHeld of it
+//   scales(sweep)        what it is to have of the guide's rows
 //   begin(rows)          a new group; rows.position(m, half) are the query's positions
 //   segment(first, behind)  those positions meet the next tiles; others let them pass
-//   tile<m>(sums, scales, first, columns, quarter)  products of some row tiles, from number m on, with a
-//   tile; it
-//                        begins at position `first`, and has `columns`. quarter(i, results): so much of them
-//                        is reduced, with these results
+//   tile<m>(sums, scales, first, columns, begin)  products of some row tiles, from number m on, with a tile;
+//   it
+//                        begins at position `first`, and has `columns`. begin(i) comes in front of strip i,
+//                        begin.all() before sums are changed
 //   end(write)           the four threads of a row put together what they have; one of them writes it
 #pragma once
 
@@ -39,7 +39,8 @@ struct Place {
 };
 
 struct Nothing {
-  __device__ __forceinline__ void operator()(int, float (&)[2]) const {}
+  __device__ __forceinline__ void operator()(int) const {}
+  __device__ __forceinline__ void all() const {}
 };
 
 // The largest and the least of the four threads that share a row.
@@ -74,38 +75,29 @@ __device__ __forceinline__ void hide_columns(int column, int columns, float valu
 // Scales of the columns of a strip that a thread has.
 struct Scales {
   float at[kStrip];
-};
 
-// Those of a tile, read as they are needed.
-struct ScalesThere {
-  const float* from;  // of the thread's first column
-
-  __device__ __forceinline__ Scales strip(int number) const {
+  __device__ __forceinline__ static Scales of(const float* scales) {
     Scales s;
     CISC_UNROLL
-    for (int i = 0; i < kStrip; ++i) s.at[i] = __ldg(from + number * 32 + i / 2 * 8 + i % 2);
+    for (int i = 0; i < kStrip; ++i) s.at[i] = __ldg(scales + i / 2 * 8 + i % 2);
     return s;
   }
 };
 
-// The same in registers, read while the tile's products are made.
-template <int kSums>
-struct ScalesHeld {
-  Scales strips[kSums / 16];
-
-  __device__ __forceinline__ explicit ScalesHeld(const ScalesThere& there) {
-    CISC_UNROLL
-    for (int strip = 0; strip < kSums / 16; ++strip) strips[strip] = there.strip(strip);
-  }
-
-  __device__ __forceinline__ const Scales& strip(int number) const { return strips[number]; }
-};
-
-// f(strip's number, its first column for this thread, scales) for all strips of a tile
-template <int kSums, typename OfTile, typename Function>
-__device__ __forceinline__ void each_strip(int column, const OfTile& scales, const Function& f) {
+// f(strip's number, its first column for this thread, scales) for all strips of a tile, whose products are
+// there once begin(strip) has been called for each in turn
+template <int kSums, typename Begin, typename Function>
+__device__ __forceinline__ void each_strip(int column, const float* scales, const Begin& begin,
+                                           const Function& f) {
+  Scales now = Scales::of(scales + column);
   CISC_UNROLL
-  for (int strip = 0; strip < kSums / 16; ++strip) f(strip, strip * 32 + column, scales.strip(strip));
+  for (int strip = 0; strip < kSums / 16; ++strip) {
+    begin(strip);
+    // The next one's come while this one is looked at.
+    const Scales next = strip + 1 < kSums / 16 ? Scales::of(scales + (strip + 1) * 32 + column) : now;
+    f(strip, strip * 32 + column, now);
+    now = next;
+  }
 }
 
 // NaN becomes more than any cosine.
@@ -144,7 +136,6 @@ __device__ __forceinline__ bool passes(const float (&values)[kStrip], float bar)
 template <int kRowTiles_, bool kBits>
 struct Max {
   static constexpr int kRowTiles = kRowTiles_;
-  static constexpr bool kHoldsScales = true;
   static constexpr float kHidden = -kInfinity;
 
   __device__ explicit Max(const Sweep&) {}
@@ -176,17 +167,23 @@ struct Max {
     }
   }
 
-  template <int kFrom, int kSums, int kTiles, typename OfTile, typename Quarter = Nothing>
-  __device__ __forceinline__ void tile(float (&sums)[kTiles][kSums], const OfTile& scales, int32_t first,
-                                       int columns, const Quarter& quarter = {}) {
-    if (columns < kSums * 2) hide_columns(place_.column(), columns, kHidden, sums);
+  template <int kFrom, int kSums, int kTiles, typename Begin = Nothing>
+  __device__ __forceinline__ void tile(float (&sums)[kTiles][kSums], const float* scales, int32_t first,
+                                       int columns, const Begin& begin = {}) {
     CISC_UNROLL
     for (int m = kFrom; m < kFrom + kTiles; ++m) {
       // What the row's other threads have found lies in front of this tile, and is as good as an equal here.
       CISC_UNROLL
       for (int half = 0; half < 2; ++half) bar_[m][half] = largest_of_row(bar_[m][half]);
     }
-    each_strip<kSums>(place_.column(), scales, [&](int strip, int column, const Scales& scale) {
+    const auto begin_strip = [&](int strip) {
+      begin(strip);
+      if (strip == 0 && columns < kSums * 2) {
+        begin.all();
+        hide_columns(place_.column(), columns, kHidden, sums);
+      }
+    };
+    each_strip<kSums>(place_.column(), scales, begin_strip, [&](int strip, int column, const Scales& scale) {
       CISC_UNROLL
       for (int m = kFrom; m < kFrom + kTiles; ++m) {
         CISC_UNROLL
@@ -206,7 +203,6 @@ struct Max {
           }
         }
       }
-      quarter(strip, bar_[kFrom]);
     });
   }
 
@@ -241,7 +237,6 @@ struct Max {
 template <int kRowTiles_>
 struct TopK {
   static constexpr int kRowTiles = kRowTiles_;
-  static constexpr bool kHoldsScales = false;
   static constexpr float kHidden = -kInfinity;
 
   __device__ explicit TopK(const Sweep&) {}
@@ -283,19 +278,26 @@ struct TopK {
     }
   }
 
-  template <int kFrom, int kSums, int kTiles, typename OfTile, typename Quarter = Nothing>
-  __device__ __forceinline__ void tile(float (&sums)[kTiles][kSums], const OfTile& scales, int32_t first,
-                                       int columns, const Quarter& quarter = {}) {
-    if (columns < kSums * 2) hide_columns(place_.column(), columns, kHidden, sums);
+  template <int kFrom, int kSums, int kTiles, typename Begin = Nothing>
+  __device__ __forceinline__ void tile(float (&sums)[kTiles][kSums], const float* scales, int32_t first,
+                                       int columns, const Begin& begin = {}) {
     float bar[kTiles][2];
     CISC_UNROLL
     for (int m = 0; m < kTiles; ++m) {
       CISC_UNROLL
       for (int half = 0; half < 2; ++half) {
-        bar[m][half] = meets_[kFrom + m][half] ? shared_bar(kFrom + m, half) : kInfinity;
+        const float shared = shared_bar(kFrom + m, half);  // by all threads of the warp
+        bar[m][half] = meets_[kFrom + m][half] ? shared : kInfinity;
       }
     }
-    each_strip<kSums>(place_.column(), scales, [&](int strip, int column, const Scales& scale) {
+    const auto begin_strip = [&](int strip) {
+      begin(strip);
+      if (strip == 0 && columns < kSums * 2) {
+        begin.all();
+        hide_columns(place_.column(), columns, kHidden, sums);
+      }
+    };
+    each_strip<kSums>(place_.column(), scales, begin_strip, [&](int strip, int column, const Scales& scale) {
       CISC_UNROLL
       for (int m = kFrom; m < kFrom + kTiles; ++m) {
         CISC_UNROLL
@@ -328,7 +330,6 @@ struct TopK {
           }
         }
       }
-      quarter(strip, bar[0]);
     });
   }
 
@@ -403,9 +404,8 @@ struct TopK {
 template <int kRowTiles_>
 struct Softmax {
   static constexpr int kRowTiles = kRowTiles_;
-  static constexpr bool kHoldsScales = false;  // its sums leave no registers for them
-  static constexpr float kHidden = -1e30f;     // no weight, and finite, as 0 times it is to be 0
-  static constexpr float kLeast = -1e20f;      // products are above, hidden ones below
+  static constexpr float kHidden = -1e30f;  // no weight, and finite, as 0 times it is to be 0
+  static constexpr float kLeast = -1e20f;   // products are above, hidden ones below
   // More than the weights of a tile's columns in a thread, none above 1: seven bits, that arguments of exp2
   // may lose.
   static constexpr float kMost = 128.0f;
@@ -444,25 +444,34 @@ struct Softmax {
     }
   }
 
-  template <int kFrom, int kSums, int kTiles, typename OfTile, typename Quarter = Nothing>
-  __device__ __forceinline__ void tile(float (&sums)[kTiles][kSums], const OfTile& scales, int32_t,
-                                       int columns, const Quarter& quarter = {}) {
+  template <int kFrom, int kSums, int kTiles, typename Begin = Nothing>
+  __device__ __forceinline__ void tile(float (&sums)[kTiles][kSums], const float* scales, int32_t,
+                                       int columns, const Begin& begin = {}) {
     static_assert(kSums / 2 < static_cast<int>(kMost), "the weights of a tile");
-    if (columns < kSums * 2) hide_columns(place_.column(), columns, kHidden, sums);
-    float totals[kTiles][2] = {}, weighteds[kTiles][2] = {};
-    each_strip<kSums>(place_.column(), scales, [&](int strip, int, const Scales& scale) {
+    float totals[kTiles][2], weighteds[kTiles][2];
+    const auto weigh = [&](const auto& begins) {
       CISC_UNROLL
       for (int m = 0; m < kTiles; ++m) {
-        CISC_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          // With a branch for each, the compiler takes one row after the other, and few registers.
-          if (!meets_[kFrom + m][half]) continue;
-          CISC_UNROLL
-          for (int i = 0; i < kStrip; ++i) sums[m][place_of(strip, half, i)] *= scale.at[i];
-          weigh_strip(kFrom + m, half, strip, sums[m], totals[m][half], weighteds[m][half]);
-        }
+        totals[m][0] = totals[m][1] = weighteds[m][0] = weighteds[m][1] = 0.0f;
       }
-      quarter(strip, totals[0]);
+      each_strip<kSums>(place_.column(), scales, begins, [&](int strip, int, const Scales& scale) {
+        CISC_UNROLL
+        for (int m = 0; m < kTiles; ++m) {
+          CISC_UNROLL
+          for (int half = 0; half < 2; ++half) {
+            // With a branch for each, the compiler takes one row after the other, and few registers.
+            if (!meets_[kFrom + m][half]) continue;
+            weigh_strip(kFrom + m, half, strip, sums[m], scale, totals[m][half], weighteds[m][half]);
+          }
+        }
+      });
+    };
+    weigh([&](int strip) {
+      begin(strip);
+      if (strip == 0 && columns < kSums * 2) {
+        begin.all();
+        hide_columns(place_.column(), columns, kHidden, sums);
+      }
     });
     bool far = false;
     CISC_UNROLL
@@ -473,17 +482,7 @@ struct Softmax {
       }
     }
     // With a row's first tile, and now and then.
-    if (far && raise<kFrom>(sums)) {
-      CISC_UNROLL
-      for (int m = 0; m < kTiles; ++m) {
-        totals[m][0] = totals[m][1] = weighteds[m][0] = weighteds[m][1] = 0.0f;
-        CISC_UNROLL
-        for (int strip = 0; strip < kSums / 16; ++strip) {
-          weigh_strip(kFrom + m, 0, strip, sums[m], totals[m][0], weighteds[m][0]);
-          weigh_strip(kFrom + m, 1, strip, sums[m], totals[m][1], weighteds[m][1]);
-        }
-      }
-    }
+    if (far && raise<kFrom>(sums, scales)) weigh(Nothing{});
     CISC_UNROLL
     for (int m = kFrom; m < kFrom + kTiles; ++m) {
       CISC_UNROLL
@@ -527,6 +526,7 @@ struct Softmax {
   // Adds the weights of a strip's columns for a row.
   template <int kSums>
   __device__ __forceinline__ void weigh_strip(int m, int half, int strip, const float (&sums)[kSums],
+                                              const Scales& scale,
                                               // outputs
                                               float& totals, float& weighteds) const {
     const float top = top_[m][half] > -kInfinity ? top_[m][half] : 0.0f;
@@ -534,7 +534,7 @@ struct Softmax {
     CISC_UNROLL
     for (int i = 0; i < kStrip; ++i) {
       // The largest is 0 above itself: the slope may be huge.
-      const float above = sums[place_of(strip, half, i)] - top;
+      const float above = sums[place_of(strip, half, i)] * scale.at[i] - top;
       const float weight = fast_exp2(above * slope_[m][half]);
       total = i == 0 ? weight : total + weight;
       weighted = i == 0 ? weight * above : fmaf(weight, above, weighted);
@@ -546,15 +546,28 @@ struct Softmax {
   // Make the weights of rows relative to the largest product that there is now; whether one is larger. No
   // weight of this tile is then above 1.
   template <int kFrom, int kSums, int kTiles>
-  __device__ __forceinline__ bool raise(const float (&sums)[kTiles][kSums]) {
+  __device__ __forceinline__ bool raise(const float (&sums)[kTiles][kSums], const float* scales) {
+    float most[kTiles][2];
+    CISC_UNROLL
+    for (int m = 0; m < kTiles; ++m) most[m][0] = most[m][1] = -kInfinity;
+    each_strip<kSums>(place_.column(), scales, Nothing{}, [&](int strip, int, const Scales& scale) {
+      CISC_UNROLL
+      for (int m = 0; m < kTiles; ++m) {
+        CISC_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          CISC_UNROLL
+          for (int i = 0; i < kStrip; ++i) {
+            most[m][half] = ::fmaxf(most[m][half], sums[m][place_of(strip, half, i)] * scale.at[i]);
+          }
+        }
+      }
+    });
     bool raised = false;
     CISC_UNROLL
     for (int m = kFrom; m < kFrom + kTiles; ++m) {
       CISC_UNROLL
       for (int half = 0; half < 2; ++half) {
-        float to = -kInfinity;
-        CISC_UNROLL
-        for (int i = 0; i < kSums / 2; ++i) to = ::fmaxf(to, sums[m - kFrom][i / 2 * 4 + half * 2 + i % 2]);
+        const float to = most[m - kFrom][half];
         if (!meets_[m][half] || !(to > top_[m][half]) || to < kLeast) continue;
         if (top_[m][half] > -kInfinity) {
           const float by = top_[m][half] - to, factor = fast_exp2(by * slope_[m][half]);

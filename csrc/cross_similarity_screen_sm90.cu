@@ -17,9 +17,7 @@ static_assert(HeldScreen::kRows == StreamedScreen::kRows && HeldScreen::kColumns
 
 }  // namespace
 
-class_sort::Cut cut_screen_sm90() {
-  return {HeldScreen::kRows * HeldScreen::kCluster, HeldScreen::kColumns, kWantedClusters};
-}
+class_sort::Cut cut_screen_sm90() { return cut_of_shape<HeldScreen>(); }
 
 void screen_sm90(const Gpu& gpu, const Sweep& sweep) {
   if (fits<HeldScreen>(sweep.shape)) return launch<HeldScreen, Matrix::s8, Screens>(gpu, sweep);

@@ -26,19 +26,17 @@ constexpr Variant variant(const char* name, Reduction reduction) {
 }
 
 constexpr Variant kVariants[] = {
-    variant<Wide, reduce::Max<2, false>>("max_whole", Reduction::max),
-    variant<WideOf<4>, reduce::Max<2, true>>("max_bits", Reduction::max),
-    variant<BlockShape<2, 128, 1, true, true, 4>, reduce::Max<2, false>>("max_alone", Reduction::max),
-    variant<BlockShape<2, 128, 2, true, false>, reduce::Max<2, false>>("max_no_turns", Reduction::max),
-    variant<LongOf<4>, reduce::Max<1, false>>("max_long", Reduction::max),
+    variant<Usual, reduce::Max<2, true>>("max_bits", Reduction::max),
+    variant<BlockShape<2, 128, 1, true, false, 4>, reduce::Max<2, false>>("max_alone", Reduction::max),
+    variant<Wide, reduce::Max<2, false>>("max_turns", Reduction::max),
+    variant<BlockShape<2, 128, 1, true>, reduce::Max<2, false>>("max_turns_alone", Reduction::max),
+    variant<UsualNarrow, reduce::Max<1, false>>("max_narrow", Reduction::max),
     variant<BlockShape<1, 128, 2, true, true, 4, true>, reduce::Max<1, false>>("max_held", Reduction::max),
-    variant<Wide, reduce::Softmax<2>>("softmax_whole", Reduction::softmax),
-    variant<LongOf<4>, reduce::Softmax<1>>("softmax_long", Reduction::softmax),
-    variant<BlockShape<2, 128, 1, true, true, 4>, reduce::Softmax<2>>("softmax_alone", Reduction::softmax),
-    variant<Long, reduce::TopK<1>>("topk_whole", Reduction::topk),
-    variant<BlockShape<1, 256, 1, true, true, 4, false, 0, 2>, reduce::TopK<1>>("topk_alone",
-                                                                                Reduction::topk),
-    variant<BlockShape<1, 128, 2, true>, reduce::TopK<1>>("topk_short", Reduction::topk),
+    variant<Wide, reduce::Softmax<2>>("softmax_turns", Reduction::softmax),
+    variant<UsualNarrow, reduce::Softmax<1>>("softmax_narrow", Reduction::softmax),
+    variant<BlockShape<2, 128, 1, true, false, 4>, reduce::Softmax<2>>("softmax_alone", Reduction::softmax),
+    variant<Long, reduce::TopK<1>>("topk_long", Reduction::topk),
+    variant<BlockShape<1, 128, 1, true, false, 4>, reduce::TopK<1>>("topk_alone", Reduction::topk),
 };
 
 // What is asked for, if it is of these rows and this reduction.

@@ -107,12 +107,11 @@ __device__ __forceinline__ int32_t anew(int32_t value) {
   return value;
 }
 
-// Makes the products of a group's rows with tiles, to its registers. Where a shape overlaps, the second part
-// of a tile is on its way while the first is reduced.
+// Makes the products of a group's rows with tiles, to its registers.
 template <typename S, Matrix type>
 class Products {
  public:
-  using Sums = SumOf<type>[S::kParts][S::kSums];
+  using Sums = SumOf<type>[S::kBuffers][S::kSums];
   using Held = uint32_t[S::kHeldWords][4];
 
   __device__ __forceinline__ Products(const RowShape& shape, const Layout<S>& layout, unsigned char* tiles,
@@ -134,46 +133,21 @@ class Products {
     if (in_turn_ && group_ == 0) meet(kTurn, kGroups * kWarpGroup);
   }
 
-  // Of a tile; where parts overlap, the second is then on its way.
+  // Of a whole tile.
   __device__ __forceinline__ void make(const Held& held,
                                        // outputs
                                        Sums& sums) {
-    if (in_turn_) meet(kTurn + group_, kGroups * kWarpGroup);
-    // Of the warp, so that what follows is computed once for it.
-    ring_.stage = of_warp(ring_.stage);
-    ring_.parity = of_warp(ring_.parity);
-    if constexpr (S::kOverlaps) {
-      make_parts(held, sums);
-    } else {
-      make_all(held, sums);
-    }
-  }
-
-  // While the first part is reduced, once it has come to these results: wait for a quarter of the second, and
-  // let its stage go.
-  __device__ __forceinline__ void quarter(int number, float (&results)[2]) const {
-    if constexpr (S::kOverlaps) {
-      hold(results);
-      if (number == 0) products_wait<3>();
-      if (number == 1) products_wait<2>();
-      if (number == 2) products_wait<1>();
-      if (number == 3) products_wait<0>();
-      release(stages_[number]);
-    }
-  }
-
- private:
-  __device__ __forceinline__ void make_all(const Held& held,
-                                           // outputs
-                                           Sums& sums) {
     constexpr int kUnrolled = S::kHeld ? S::kChunks : 1;
+    if (in_turn_) meet(kTurn + group_, kGroups * kWarpGroup);
+    ring_of_warp();
     int32_t previous = 0;
 #pragma unroll kUnrolled
     for (int32_t step = 0; step < steps_; ++step) {
       barrier_wait(&barriers_->full[ring_.stage], ring_.parity);
       products_begin();
 #pragma unroll
-      for (int part = 0; part < S::kParts; ++part) multiply(step, ring_.stage, part, held, sums[part]);
+      for (int m = 0; m < S::kRowTiles; ++m)
+        multiply(step, static_cast<uint32_t>(layout_.stage(ring_.stage)), m, held, sums[m]);
       products_commit();
       if (step > 0) {
         products_wait<1>();
@@ -182,57 +156,69 @@ class Products {
       previous = ring_.stage;
       ring_.next(layout_.stages);
     }
-    pass_turn();
+    if (in_turn_) meet_without_waiting(kTurn + 1 - group_, kGroups * kWarpGroup);
     products_wait<0>();
 #pragma unroll
-    for (int part = 0; part < S::kParts; ++part) hold(sums[part]);
+    for (int m = 0; m < S::kRowTiles; ++m) hold(sums[m]);
     release(previous);
   }
 
-  // A group of products for the first part, and one for each step of the second.
-  __device__ __forceinline__ void make_parts(const Held& held,
-                                             // outputs
-                                             Sums& sums) {
-#pragma unroll
-    for (int step = 0; step < kQuarters; ++step) {
-      stages_[step] = ring_.stage;
-      barrier_wait(&barriers_->full[ring_.stage], ring_.parity);
-      products_begin();
-      multiply(step, ring_.stage, 0, held, sums[0]);
-      ring_.next(layout_.stages);
-    }
+  // Where products overlap, those of 64 rows and a tile are on their way while those before are reduced. A
+  // step of the next ones, from the ring's stage; of no tile, which is made for nothing: a branch would make
+  // the compiler wait for each. Or from the stage of the tile at hand.
+  __device__ __forceinline__ void step_of_new_tile(int step, bool some,
+                                                   // outputs
+                                                   SumOf<type> (&sums)[S::kSums]) {
+    ring_of_warp();
+    if (some) barrier_wait(&barriers_->full[ring_.stage], ring_.parity);
+    products_begin();
+    multiply(step, some ? static_cast<uint32_t>(layout_.stage(ring_.stage)) : 0, 0, {}, sums);
     products_commit();
-#pragma unroll
-    for (int step = 0; step < kQuarters; ++step) {
-      products_begin();
-      multiply(step, stages_[step], 1, held, sums[S::kParts - 1]);
-      products_commit();
-    }
-    pass_turn();
-    products_wait<kQuarters>();
-    hold(sums[0]);
+    if (some) ring_.next(layout_.stages);
+  }
+  __device__ __forceinline__ void step_of_same_tile(int step,
+                                                    // outputs
+                                                    SumOf<type> (&sums)[S::kSums]) const {
+    products_begin();
+    multiply(step, static_cast<uint32_t>(layout_.stage(stage_back(kQuarters - step))), S::kRowTiles - 1, {},
+             sums);
+    products_commit();
+  }
+  __device__ __forceinline__ void wait_for_others() const { products_wait<1>(); }
+  __device__ __forceinline__ void wait_for_all() const { products_wait<0>(); }
+
+  // Lets go of the stage that came so many before the ring's.
+  __device__ __forceinline__ void release_back(int count) const { release(stage_back(count)); }
+
+ private:
+  // Of the warp, so that what follows is computed once for it.
+  __device__ __forceinline__ void ring_of_warp() {
+    ring_.stage = of_warp(ring_.stage);
+    ring_.parity = of_warp(ring_.parity);
   }
 
-  // A part's products of a step.
-  __device__ __forceinline__ void multiply(int32_t step, int32_t ring_stage, int part, const Held& held,
+  __device__ __forceinline__ int32_t stage_back(int count) const {
+    const int32_t stage = ring_.stage - count;
+    return stage < 0 ? stage + layout_.stages : stage;
+  }
+
+  // A step's products of 64 rows, number m of the group's, with a stage.
+  __device__ __forceinline__ void multiply(int32_t step, uint32_t stage, int m, const Held& held,
                                            // outputs
                                            SumOf<type> (&sums)[S::kSums]) const {
     constexpr int kBytes = 32, kSteps = kChunkBytes / kBytes;  // of a row, that an instruction multiplies
-    const auto stage = static_cast<uint32_t>(layout_.stage(ring_stage));
     const uint32_t query = S::kResident
                                ? rows_ + static_cast<uint32_t>(layout_.query(shape_.query_chunk(step)))
                                : rows_ + stage + S::kGuideBytes;
-    const int row_part = S::kColumnParts > 1 ? 0 : part, column_part = S::kColumnParts > 1 ? part : 0;
     const uint64_t a = fragments::descriptor(query), b = fragments::descriptor(tiles_ + stage);
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
       const bool adds = step > 0 || k > 0;
-      const uint64_t columns =
-          fragments::further(b, column_part * S::kPartColumns * kChunkBytes + k * kBytes);
+      const uint64_t columns = fragments::further(b, k * kBytes);
       if constexpr (S::kHeld) {
         multiply_64<type, false>(sums, held[step * kSteps + k], columns, adds);
       } else {
-        const uint64_t here = fragments::further(a, row_part * 64 * kChunkBytes + k * kBytes);
+        const uint64_t here = fragments::further(a, m * 64 * kChunkBytes + k * kBytes);
         if constexpr (type == Matrix::s8) {
           multiply_64(sums, here, columns, adds);
         } else {
@@ -240,10 +226,6 @@ class Products {
         }
       }
     }
-  }
-
-  __device__ __forceinline__ void pass_turn() const {
-    if (in_turn_) meet_without_waiting(kTurn + 1 - group_, kGroups * kWarpGroup);
   }
 
   // A warp of each group lets go of a stage, in all blocks that share it.
@@ -264,7 +246,6 @@ class Products {
   int32_t steps_;
   bool in_turn_;
   Ring ring_;
-  int32_t stages_[kQuarters] = {};  // of the tile's steps, where parts overlap
 };
 
 // The 16 rows of a warp, of all chunks, to its registers.
@@ -285,39 +266,118 @@ __device__ __forceinline__ void hold_rows(const Layout<S>& layout, const unsigne
   }
 }
 
-// A group's rows meet a tile, which begins at position `first` and has `columns`.
+// Tiles of a segment, as reducers are told of them.
+struct Tiles {
+  int32_t begin, end, tile, end_tile;  // tile: the one at hand
+
+  template <typename S>
+  __device__ __forceinline__ int32_t first() const {
+    return begin + tile * S::kColumns;
+  }
+  template <typename S>
+  __device__ __forceinline__ int columns() const {
+    const int32_t left = end - first<S>();
+    return left < S::kColumns ? left : S::kColumns;
+  }
+  __device__ __forceinline__ bool last() const { return tile + 1 == end_tile; }
+};
+
+// What a reducer calls in front of its strips while other products are on their way.
+template <typename Products, typename Step>
+struct Begin {
+  const Products& products;
+  Step step;
+
+  __device__ __forceinline__ void operator()(int strip) const { step(strip); }
+  __device__ __forceinline__ void all() const { products.wait_for_all(); }
+};
+template <typename Products, typename Step>
+Begin(const Products&, Step) -> Begin<Products, Step>;
+
+// A group's rows meet the tiles of a segment. scales: of the image's first position
 template <typename S, Matrix type, typename Scale, typename Reducer>
-__device__ __forceinline__ void reduce_tile(const Scale* scales, int32_t first, int columns,
-                                            const typename Products<S, type>::Held& held,
-                                            Products<S, type>& products, Reducer& reducer) {
+__device__ __forceinline__ void reduce_tiles(Tiles at, const Scale* scales,
+                                             const typename Products<S, type>::Held& held,
+                                             Products<S, type>& products, Reducer& reducer) {
   typename Products<S, type>::Sums sums;
-  if constexpr (S::kMoreBytes > 0) {
-    reducer.ahead(scales);
+  for (; at.tile < at.end_tile; ++at.tile) {
+    const int32_t first = at.first<S>();
+    if constexpr (S::kMoreBytes > 0) reducer.ahead(scales + first);
     products.make(held, sums);
-    reducer.tile(sums, first, columns);
-  } else {
-    const reduce::ScalesThere there{scales + reducer.column()};
-    using OfTile = std::conditional_t<S::kHoldsScales && Reducer::kHoldsScales, reduce::ScalesHeld<S::kSums>,
-                                      reduce::ScalesThere>;
-    const OfTile of_tile(there);
-    products.make(held, sums);
-    if constexpr (S::kOverlaps) {
-      static_assert(S::kSums == kQuarters * 16, "a quarter is a strip");
-      reducer.template tile<0>(reduce::only(sums[0]), of_tile, first, columns,
-                               [&](int done, float (&results)[2]) { products.quarter(done, results); });
-      hold(sums[1]);
+    if constexpr (S::kMoreBytes > 0) {
+      reducer.tile(sums, first, at.columns<S>());
     } else {
-      reducer.template tile<0>(reduce::only(sums[0]), of_tile, first, columns);
+      reducer.template tile<0>(sums, scales + first, first, at.columns<S>());
     }
-    if constexpr (S::kColumnParts == 2) {
-      const reduce::ScalesThere behind{there.from + S::kPartColumns};
-      reducer.template tile<0>(reduce::only(sums[1]), behind, first + S::kPartColumns,
-                               columns - S::kPartColumns);
-    } else if constexpr (S::kParts == 2) {
-      // Read once more, as keeping them takes more registers than there are.
-      const OfTile once_more(reduce::ScalesThere{anew(there.from)});
-      reducer.template tile<1>(reduce::only(sums[1]), once_more, first, columns);
+  }
+}
+
+// The same where products overlap, two tiles of 64 rows after one another. Nothing is on its way from one
+// tile to the next: the compiler follows products through no loop, and would make each wait.
+template <typename S, Matrix type, typename Reducer>
+__device__ __forceinline__ void reduce_wide_tiles(Tiles at, const float* scales, Products<S, type>& products,
+                                                  Reducer& reducer) {
+  typename Products<S, type>::Sums sums;
+#pragma unroll
+  for (int step = 0; step < kQuarters; ++step) products.step_of_new_tile(step, true, sums[0]);
+  products.wait_for_all();
+#pragma unroll 1
+  for (; at.tile < at.end_tile; ++at.tile) {
+    const int32_t first = at.first<S>();
+    hold(sums[0]);
+    const Begin first_rows{products, [&](int strip) {
+                             products.step_of_same_tile(strip, sums[1]);
+                             if (strip == 0) return;
+                             products.wait_for_others();
+                             products.release_back(kQuarters + 1 - strip);
+                           }};
+    reducer.template tile<0>(reduce::only(sums[0]), scales + first, first, at.columns<S>(), first_rows);
+    const bool last = at.last();
+    const Begin second_rows{products, [&](int strip) {
+                              products.step_of_new_tile(strip, !last, sums[0]);
+                              if (strip > 0) return;
+                              products.wait_for_others();
+                              hold(sums[1]);
+                              products.release_back(last ? 1 : 2);
+                            }};
+    reducer.template tile<1>(reduce::only(sums[1]), scales + first, first, at.columns<S>(), second_rows);
+    products.wait_for_all();
+  }
+}
+
+// One tile of 64 rows: the next one's products are on their way.
+template <typename S, Matrix type, typename Reducer>
+__device__ __forceinline__ void reduce_narrow_tiles(Tiles at, const float* scales,
+                                                    Products<S, type>& products, Reducer& reducer) {
+  typename Products<S, type>::Sums sums;
+#pragma unroll
+  for (int step = 0; step < kQuarters; ++step) products.step_of_new_tile(step, true, sums[0]);
+  products.wait_for_all();
+#pragma unroll 1
+  while (at.tile < at.end_tile) {
+    hold(sums[0]);
+#pragma unroll
+    for (int number = 0; number < 2; ++number) {
+      // Of an odd number of tiles the last one is reduced with one that has no columns.
+      const bool there = number == 0 || at.tile < at.end_tile, more = at.tile + 1 < at.end_tile;
+      const int32_t first = there ? at.first<S>() : at.begin;
+      const Begin begin{products, [&](int strip) {
+                          products.step_of_new_tile(strip, more, sums[1 - number]);
+                          if (strip > 0) return;
+                          if (number == 1) {
+                            products.wait_for_others();
+                            hold(sums[1]);
+                          }
+                          if (!there) return;
+#pragma unroll
+                          for (int i = 0; i < kQuarters; ++i)
+                            products.release_back((more ? 1 : 0) + kQuarters - i);
+                        }};
+      reducer.template tile<0>(reduce::only(sums[number]), scales + first, first, there ? at.columns<S>() : 0,
+                               begin);
+      ++at.tile;
     }
+    products.wait_for_all();
   }
 }
 
@@ -371,13 +431,15 @@ __device__ __forceinline__ void reduce_all(const Parameters& parameters, const L
       }
       brought = true;
       reducer.segment(of_warp(segment.first_query), of_warp(segment.behind_query));
-      const int32_t begin = of_warp(segment.begin), end = of_warp(segment.end);
-      const int32_t end_tile = of_warp(segment.end_tile);
-      const auto* of_image = Reducer::scales(p) + item.image * p.guide_pixels;
-      for (int32_t tile = of_warp(segment.first_tile); tile < end_tile; ++tile) {
-        const int32_t first = begin + tile * S::kColumns, left = end - first;
-        reduce_tile<S, type>(of_image + first, first, left < S::kColumns ? left : S::kColumns, held, products,
-                             reducer);
+      const Tiles at{of_warp(segment.begin), of_warp(segment.end), of_warp(segment.first_tile),
+                     of_warp(segment.end_tile)};
+      const auto* scales = Reducer::scales(p) + item.image * p.guide_pixels;
+      if constexpr (S::kOverlaps && S::kRowTiles == 2) {
+        reduce_wide_tiles(at, scales, products, reducer);
+      } else if constexpr (S::kOverlaps) {
+        reduce_narrow_tiles(at, scales, products, reducer);
+      } else {
+        reduce_tiles(at, scales, held, products, reducer);
       }
     }
     if (S::kResident && brought && threadIdx.x % kWarp == 0) barrier_arrive(&barriers->query_empty);
