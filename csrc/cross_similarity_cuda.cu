@@ -420,6 +420,7 @@ class Sweeps {
   // The best of units whose candidates are all there; the others have a flag.
   void screen(const Pairs& pairs, const Sweep& sweep, Finish finish, int32_t* flags) const {
     Sweep screen = sweep;
+    screen.flags = nullptr;  // those of the units before, where there are more
     screen.type = Matrix::s8;
     screen.shape = {packing_.byte_chunks(), false};
     screen.query_rows = pairs.query_bytes().data;

@@ -83,7 +83,9 @@ using Long = BlockShape<1, 256, 2, true>;       // 128 query rows of up to 512 n
 using Streamed = BlockShape<1, 256, 2, false>;  // any rows
 // Rows of 256 numbers.
 using Usual = BlockShape<2, 128, 2, true, false, kQuarters>;
-using UsualNarrow = BlockShape<1, 128, 2, true, false, kQuarters>;
+template <int kMoreBytes>
+using UsualNarrow = BlockShape<1, 128, 2, true, false, kQuarters, false, kMoreBytes>;
+constexpr int kListBytes = 32 << 10;  // of columns that "topk" lists
 
 template <typename S>
 class_sort::Cut cut_of_shape() {
@@ -97,7 +99,7 @@ auto with_shape(const RowShape& shape, Reduction reduction, bool flagged, const 
   if (reduction != Reduction::topk && !flagged && fits<Wide>(shape)) {
     return usual ? f(Usual{}) : f(Wide{});
   }
-  if (usual && !flagged) return f(UsualNarrow{});
+  if (usual && reduction == Reduction::topk) return f(UsualNarrow<kListBytes>{});
   if (fits<Long>(shape)) return f(Long{});
   return f(Streamed{});
 }

@@ -26,6 +26,21 @@ constexpr int kStrip = 8;  // products of a row that are looked at together: of 
 #define CISC_ROLL _Pragma("unroll 1")
 #endif
 
+// The same value, but the compiler does not know that.
+template <typename T>
+__device__ __forceinline__ const T* anew(const T* address) {
+#ifndef CISC_SIMT
+  asm volatile("" : "+l"(address));
+#endif
+  return address;
+}
+__device__ __forceinline__ int32_t anew(int32_t value) {
+#ifndef CISC_SIMT
+  asm volatile("" : "+r"(value));
+#endif
+  return value;
+}
+
 // Where a thread's rows and columns lie.
 struct Place {
   int32_t first;  // position of the first row of the thread's warp
@@ -233,10 +248,21 @@ struct Max {
   int32_t index_[kRowTiles][2];
 };
 
+// A column that may be a winner.
+struct Listed {
+  float value;
+  int32_t index;
+};
+
 // The best few of each row behind those that were found before, in the order of pack_winner.
-template <int kRowTiles_>
+// kThreads: 0, or those of a block that multiply: a tile's columns that may be winners are then listed in
+// shared memory first, as code that inserts them behind each strip would not stay in the instruction cache
+template <int kRowTiles_, int kThreads = 0>
 struct TopK {
   static constexpr int kRowTiles = kRowTiles_;
+  static constexpr bool kLists = kThreads > 0;
+  static constexpr int kMostListed = 8;  // of a row and thread
+  static constexpr int kBytes = kThreads * kRowTiles * 2 * kMostListed * static_cast<int>(sizeof(Listed));
   static constexpr float kHidden = -kInfinity;
 
   __device__ explicit TopK(const Sweep&) {}
@@ -282,14 +308,7 @@ struct TopK {
   __device__ __forceinline__ void tile(float (&sums)[kTiles][kSums], const float* scales, int32_t first,
                                        int columns, const Begin& begin = {}) {
     float bar[kTiles][2];
-    CISC_UNROLL
-    for (int m = 0; m < kTiles; ++m) {
-      CISC_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        const float shared = shared_bar(kFrom + m, half);  // by all threads of the warp
-        bar[m][half] = meets_[kFrom + m][half] ? shared : kInfinity;
-      }
-    }
+    set_bars<kFrom>(bar);
     const auto begin_strip = [&](int strip) {
       begin(strip);
       if (strip == 0 && columns < kSums * 2) {
@@ -297,40 +316,48 @@ struct TopK {
         hide_columns(place_.column(), columns, kHidden, sums);
       }
     };
-    each_strip<kSums>(place_.column(), scales, begin_strip, [&](int strip, int column, const Scales& scale) {
+    if constexpr (kLists) {
+      int32_t behind[kTiles][2];  // columns up to here are done with
       CISC_UNROLL
-      for (int m = kFrom; m < kFrom + kTiles; ++m) {
-        CISC_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          float values[kStrip];
-          CISC_UNROLL
-          for (int i = 0; i < kStrip; ++i) {
-            values[i] = sums[m - kFrom][strip * 16 + i / 2 * 4 + half * 2 + i % 2] * scale.at[i];
-          }
-          float& least = bar[m - kFrom][half];
-          if (!passes<false>(values, least)) continue;
-          uint32_t found = 0;
-          CISC_UNROLL
-          for (int i = 0; i < kStrip; ++i) {
-            values[i] = rank_of(values[i]);
-            const int32_t index = first + column + i / 2 * 8 + i % 2;
-            const bool before = values[i] > bound_[m][half] ||
-                                (values[i] == bound_[m][half] && index <= bound_index_[m][half]);
-            if (values[i] > least && !before) found |= 1u << i;
-          }
-          CISC_ROLL
-          while (found != 0) {
-            const int i = __ffs(static_cast<int>(found)) - 1;
-            found &= found - 1;
-            float value = values[0];
-            CISC_UNROLL
-            for (int at = 1; at < kStrip; ++at) value = i == at ? values[at] : value;
-            insert<true>(value, first + column + i / 2 * 8 + i % 2, value_[m][half], index_[m][half]);
-            least = ::fmaxf(least, value_[m][half][kFoundAtOnce - 1]);
-          }
-        }
+      for (int m = 0; m < kTiles; ++m) behind[m][0] = behind[m][1] = -1;
+      bool more = list<kFrom, false>(sums, scales, first, bar, begin_strip, behind);
+      // With a row's first tiles, and now and then.
+      while (__any_sync(kAll, more)) {
+        set_bars<kFrom>(bar);
+        more = list<kFrom, true>(sums, anew(scales), anew(first), bar, Nothing{}, behind);
       }
-    });
+    } else {
+      each_strip<kSums>(
+          place_.column(), scales, begin_strip, [&](int strip, int column, const Scales& scale) {
+            CISC_UNROLL
+            for (int m = kFrom; m < kFrom + kTiles; ++m) {
+              CISC_UNROLL
+              for (int half = 0; half < 2; ++half) {
+                float values[kStrip];
+                CISC_UNROLL
+                for (int i = 0; i < kStrip; ++i) {
+                  values[i] = sums[m - kFrom][strip * 16 + i / 2 * 4 + half * 2 + i % 2] * scale.at[i];
+                }
+                float& least = bar[m - kFrom][half];
+                if (!passes<false>(values, least)) continue;
+                // Code of one product for all: that of eight would not fit the instruction cache.
+                CISC_ROLL
+                for (int i = 0; i < kStrip; ++i) {
+                  const float value = rank_of(values[0]);
+                  CISC_UNROLL
+                  for (int next = 1; next < kStrip; ++next) values[next - 1] = values[next];
+                  if (value > least) find(m, half, {value, first + column + i / 2 * 8 + i % 2});
+                  least = ::fmaxf(least, value_[m][half][kFoundAtOnce - 1]);
+                }
+              }
+            }
+          });
+    }
+  }
+
+  // memory: kBytes of the block's; thread: of those that multiply
+  __device__ __forceinline__ void take_memory(unsigned char* memory, int thread) {
+    lists_ = reinterpret_cast<Listed*>(memory) + thread;
   }
 
   // write(m, half, state, values, indices): of a row
@@ -373,6 +400,80 @@ struct TopK {
     return ::fmaxf(least_of_row(values[1]), largest_of_row(::fmaxf(values[7], of_two)));
   }
 
+  // Rows that do not meet the tile have nothing above.
+  template <int kFrom, int kTiles>
+  __device__ __forceinline__ void set_bars(float (&bar)[kTiles][2]) const {
+    CISC_UNROLL
+    for (int m = 0; m < kTiles; ++m) {
+      CISC_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const float shared = shared_bar(kFrom + m, half);  // by all threads of the warp
+        bar[m][half] = meets_[kFrom + m][half] ? shared : kInfinity;
+      }
+    }
+  }
+
+  // A column becomes a winner, unless it was found before.
+  __device__ __forceinline__ void find(int m, int half, const Listed& one) {
+    const bool before =
+        one.value > bound_[m][half] || (one.value == bound_[m][half] && one.index <= bound_index_[m][half]);
+    if (!before) insert<true>(one.value, one.index, value_[m][half], index_[m][half]);
+  }
+
+  // Columns behind those that are done with, and above the bar, are listed, and the lists inserted; whether
+  // one was too short. kAgain: some are done with
+  template <int kFrom, bool kAgain, int kSums, int kTiles, typename Begin>
+  __device__ __forceinline__ bool list(const float (&sums)[kTiles][kSums], const float* scales, int32_t first,
+                                       const float (&bar)[kTiles][2], const Begin& begin,
+                                       // outputs
+                                       int32_t (&behind)[kTiles][2]) {
+    int32_t count[kTiles][2];
+    CISC_UNROLL
+    for (int m = 0; m < kTiles; ++m) count[m][0] = count[m][1] = 0;
+    bool more = false;
+    each_strip<kSums>(place_.column(), scales, begin, [&](int strip, int column, const Scales& scale) {
+      CISC_UNROLL
+      for (int m = 0; m < kTiles; ++m) {
+        CISC_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          float values[kStrip];
+          CISC_UNROLL
+          for (int i = 0; i < kStrip; ++i) {
+            values[i] = sums[m][strip * 16 + i / 2 * 4 + half * 2 + i % 2] * scale.at[i];
+          }
+          if (!passes<false>(values, bar[m][half])) continue;
+          CISC_UNROLL
+          for (int i = 0; i < kStrip; ++i) {
+            const Listed one{rank_of(values[i]), first + column + i / 2 * 8 + i % 2};
+            if (!(one.value > bar[m][half]) || (kAgain && one.index <= behind[m][half])) continue;
+            if (count[m][half] < kMostListed) {
+              *listed(kFrom + m, half, count[m][half]++) = one;
+            } else {
+              more = true;
+            }
+          }
+        }
+      }
+    });
+    CISC_UNROLL
+    for (int m = 0; m < kTiles; ++m) {
+      CISC_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        CISC_ROLL
+        for (int i = 0; i < count[m][half]; ++i) {
+          const Listed one = *listed(kFrom + m, half, i);
+          find(kFrom + m, half, one);
+          behind[m][half] = one.index;
+        }
+      }
+    }
+    return more;
+  }
+
+  __device__ __forceinline__ Listed* listed(int m, int half, int i) const {
+    return lists_ + static_cast<ptrdiff_t>((m * 2 + half) * kMostListed + i) * kThreads;
+  }
+
   // Best first; of equal ones the lowest index: kLater, that of those that are there.
   template <bool kLater>
   __device__ __forceinline__ static void insert(float value, int32_t index,
@@ -397,6 +498,7 @@ struct TopK {
   float value_[kRowTiles][2][kFoundAtOnce], bound_[kRowTiles][2];
   int32_t index_[kRowTiles][2][kFoundAtOnce], bound_index_[kRowTiles][2];
   bool meets_[kRowTiles][2];
+  Listed* lists_ = nullptr;
 };
 
 // Weights relative to a cosine that no other of the thread's columns is far above. A row's numbers are
@@ -614,9 +716,9 @@ __device__ __forceinline__ void each_row(const Place& place, const Function& f) 
 template <int kRowTiles, bool kBits>
 __device__ __forceinline__ void prepare(const Sweep&, const Group&, const Place&, Max<kRowTiles, kBits>&) {}
 
-template <int kRowTiles>
+template <int kRowTiles, int kThreads>
 __device__ __forceinline__ void prepare(const Sweep& p, const Group& group, const Place& place,
-                                        TopK<kRowTiles>& reducer) {
+                                        TopK<kRowTiles, kThreads>& reducer) {
   if (p.bounds == nullptr) return;
   each_row<kRowTiles>(place, [&](int m, int half, int32_t position) {
     reducer.bound(m, half, p.bounds[group.row(p, position)]);
@@ -642,9 +744,9 @@ __device__ __forceinline__ void finish(const Sweep& p, const Group& group, const
   });
 }
 
-template <int kRowTiles>
+template <int kRowTiles, int kThreads>
 __device__ __forceinline__ void finish(const Sweep& p, const Group& group, const Place& place,
-                                       TopK<kRowTiles>& reducer) {
+                                       TopK<kRowTiles, kThreads>& reducer) {
   reducer.end([&](int m, int half, const State& state, const float (&values)[kFoundAtOnce],
                   const int32_t (&indices)[kFoundAtOnce]) {
     const int64_t result = group.result(p, place.position(m, half));

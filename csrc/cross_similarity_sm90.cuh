@@ -92,21 +92,6 @@ __device__ __forceinline__ T of_warp(T value) {
   return __shfl_sync(kAll, value, 0);
 }
 
-// The same value, but the compiler does not know that.
-template <typename T>
-__device__ __forceinline__ const T* anew(const T* address) {
-#ifndef CISC_SIMT
-  asm volatile("" : "+l"(address));
-#endif
-  return address;
-}
-__device__ __forceinline__ int32_t anew(int32_t value) {
-#ifndef CISC_SIMT
-  asm volatile("" : "+r"(value));
-#endif
-  return value;
-}
-
 // Makes the products of a group's rows with tiles, to its registers.
 template <typename S, Matrix type>
 class Products {
@@ -302,9 +287,9 @@ __device__ __forceinline__ void reduce_tiles(Tiles at, const Scale* scales,
   typename Products<S, type>::Sums sums;
   for (; at.tile < at.end_tile; ++at.tile) {
     const int32_t first = at.first<S>();
-    if constexpr (S::kMoreBytes > 0) reducer.ahead(scales + first);
+    if constexpr (std::is_same_v<Scale, Step>) reducer.ahead(scales + first);
     products.make(held, sums);
-    if constexpr (S::kMoreBytes > 0) {
+    if constexpr (std::is_same_v<Scale, Step>) {
       reducer.tile(sums, first, at.columns<S>());
     } else {
       reducer.template tile<0>(sums, scales + first, first, at.columns<S>());
@@ -394,12 +379,12 @@ __device__ __forceinline__ void reduce_all(const Parameters& parameters, const L
   for (auto number = static_cast<int32_t>(blockIdx.x) / S::kCluster; number < p.units * p.splits;
        number += static_cast<int32_t>(gridDim.x) / S::kCluster) {
     // All registers go to the sums: what is known of an item is computed anew where it is asked for.
-    const auto item_now = [&] { return Item<S::kColumns>::of(p, anew(number)); };
+    const auto item_now = [&] { return Item<S::kColumns>::of(p, reduce::anew(number)); };
     const auto rows_of = [](const auto& item) {
       return reduce::Group{item.image, item.unit, item.split, item.first};
     };
     const auto place_of = [&](const auto& item) {
-      const int thread = anew(static_cast<int32_t>(threadIdx.x));
+      const int thread = reduce::anew(static_cast<int32_t>(threadIdx.x));
       const uint32_t rank = S::kCluster > 1 ? cluster_rank() : 0;
       const int first_row = static_cast<int>(rank) * S::kRows + thread / kWarpGroup * S::kRowTiles * 64 +
                             fragments::first_row(thread / kWarp % 4);
