@@ -22,27 +22,22 @@ constexpr int64_t kBarrierBytes = 8 * (2 * kMostStages + 2);
 // How a block cuts.
 // kRowTiles_: of 64 query rows, for each group; kColumns_: guide rows of a tile; kCluster_: blocks that share
 // the guide's tiles; kResident_: query rows stay in shared memory; kInTurn_: one group multiplies while the
-// other reduces; kChunks_: of each row exactly so many and none is split, 0: any; kHeld_: query rows stay in
-// registers; kMoreBytes_: of shared memory, that the reducer has
+// other reduces; kHeldChunks_: query rows of exactly so many chunks stay in registers, 0: they do not;
+// kMoreBytes_: of shared memory, that the reducer has
 template <int kRowTiles_, int kColumns_, int kCluster_, bool kResident_, bool kInTurn_ = true,
-          int kChunks_ = 0, bool kHeld_ = false, int kMoreBytes_ = 0>
+          int kHeldChunks_ = 0, int kMoreBytes_ = 0>
 struct BlockShape {
   static constexpr int kRowTiles = kRowTiles_, kColumns = kColumns_, kCluster = kCluster_;
-  static constexpr int kChunks = kChunks_, kHeldWords = kHeld_ ? kChunks * kChunk16 / 16 : 1;
+  static constexpr int kHeldChunks = kHeldChunks_, kHeld = kHeldChunks > 0 ? kHeldChunks * kChunk16 / 16 : 1;
+  static constexpr bool kResident = kResident_, kInTurn = kInTurn_;
   static constexpr int kRows = kGroups * kRowTiles * 64;  // of a block
   static constexpr int kSums = kColumns / 2;              // of a thread, for a tile of 64 rows
-  // Whether a group makes products while it reduces those before: a step for each strip of a tile of 64 rows.
-  static constexpr bool kOverlaps = kChunks == kQuarters && kColumns == 32 * kQuarters && !kHeld_;
-  static constexpr int kBuffers = kOverlaps ? 2 : kRowTiles;  // of sums
-  static constexpr bool kResident = kResident_, kInTurn = kInTurn_ && !kOverlaps, kHeld = kHeld_;
   static constexpr int kQueryBytes = kRows * kChunkBytes, kGuideBytes = kColumns * kChunkBytes;  // of a chunk
   static constexpr int kStageBytes = kGuideBytes + (kResident ? 0 : kQueryBytes);
   static constexpr int kMoreBytes = kMoreBytes_;
 
-  static_assert(!kHeld || (kRowTiles == 1 && kResident && kChunks > 0), "registers for 64 rows of a group");
-  static_assert(kRowTiles <= 2 && kColumns % (8 * kCluster) == 0 && kColumns / kCluster <= 256 &&
-                    kRows <= 256,
-                "boxes of TMA");
+  static_assert(kHeldChunks == 0 || (kRowTiles == 1 && kResident), "registers for 64 rows of a group");
+  static_assert(kColumns % (8 * kCluster) == 0 && kColumns / kCluster <= 256 && kRows <= 256, "boxes of TMA");
 };
 
 // Shared memory: the query's chunks, the stages, the barriers, what the reducer has.
@@ -81,11 +76,6 @@ bool fits(const RowShape& shape) {
 using Wide = BlockShape<2, 128, 2, true>;       // 256 query rows of up to 256 numbers
 using Long = BlockShape<1, 256, 2, true>;       // 128 query rows of up to 512 numbers
 using Streamed = BlockShape<1, 256, 2, false>;  // any rows
-// Rows of 256 numbers.
-using Usual = BlockShape<2, 128, 2, true, false, kQuarters>;
-template <int kMoreBytes>
-using UsualNarrow = BlockShape<1, 128, 2, true, false, kQuarters, false, kMoreBytes>;
-constexpr int kListBytes = 32 << 10;  // of columns that "topk" lists
 
 template <typename S>
 class_sort::Cut cut_of_shape() {
@@ -95,11 +85,7 @@ class_sort::Cut cut_of_shape() {
 // f(shape) for rows and a reduction; flagged: as what has set the flags
 template <typename Function>
 auto with_shape(const RowShape& shape, Reduction reduction, bool flagged, const Function& f) {
-  const bool usual = shape.chunks == kQuarters && !shape.split;
-  if (reduction != Reduction::topk && !flagged && fits<Wide>(shape)) {
-    return usual ? f(Usual{}) : f(Wide{});
-  }
-  if (usual && reduction == Reduction::topk) return f(UsualNarrow<kListBytes>{});
+  if (reduction != Reduction::topk && !flagged && fits<Wide>(shape)) return f(Wide{});
   if (fits<Long>(shape)) return f(Long{});
   return f(Streamed{});
 }

@@ -5,10 +5,8 @@
 //   scales(sweep)        what it is to have of the guide's rows
 //   begin(rows)          a new group; rows.position(m, half) are the query's positions
 //   segment(first, behind)  those positions meet the next tiles; others let them pass
-//   tile<m>(sums, scales, first, columns, begin)  products of some row tiles, from number m on, with a tile;
-//   it
-//                        begins at position `first`, and has `columns`. begin(i) comes in front of strip i,
-//                        begin.all() before sums are changed
+//   tile(sums, scales, first, columns)  a tile's products; it begins at position `first`, and has `columns`;
+//                        scales: ScalesThere or what has more in registers
 //   end(write)           the four threads of a row put together what they have; one of them writes it
 #pragma once
 
@@ -53,11 +51,6 @@ struct Place {
   __device__ __forceinline__ int column() const { return fragments::column(lane, 0); }
 };
 
-struct Nothing {
-  __device__ __forceinline__ void operator()(int) const {}
-  __device__ __forceinline__ void all() const {}
-};
-
 // The largest and the least of the four threads that share a row.
 __device__ __forceinline__ float largest_of_row(float value) {
   value = ::fmaxf(value, __shfl_xor_sync(kAll, value, 1));
@@ -68,22 +61,16 @@ __device__ __forceinline__ float least_of_row(float value) {
   return ::fminf(value, __shfl_xor_sync(kAll, value, 2));
 }
 
-// One tile of rows, as a list of them.
-template <typename T, int kSums>
-__device__ __forceinline__ T (&only(T (&sums)[kSums]))[1][kSums] {
-  return reinterpret_cast<T(&)[1][kSums]>(sums);
-}
-
 // What stands in the sums for columns behind the last one.
-template <int kTiles, int kSums>
+template <int kRowTiles, int kSums>
 __device__ __forceinline__ void hide_columns(int column, int columns, float value,
                                              // outputs
-                                             float (&sums)[kTiles][kSums]) {
+                                             float (&sums)[kRowTiles][kSums]) {
   CISC_UNROLL
   for (int i = 0; i < kSums; ++i) {
     const bool outside = column + i / 4 * 8 + i % 2 >= columns;
     CISC_UNROLL
-    for (int m = 0; m < kTiles; ++m) sums[m][i] = outside ? value : sums[m][i];
+    for (int m = 0; m < kRowTiles; ++m) sums[m][i] = outside ? value : sums[m][i];
   }
 }
 
@@ -91,28 +78,61 @@ __device__ __forceinline__ void hide_columns(int column, int columns, float valu
 struct Scales {
   float at[kStrip];
 
-  __device__ __forceinline__ static Scales of(const float* scales) {
+  // from: of the strip's first column that the thread has
+  __device__ __forceinline__ static Scales of(const float* from) {
     Scales s;
     CISC_UNROLL
-    for (int i = 0; i < kStrip; ++i) s.at[i] = __ldg(scales + i / 2 * 8 + i % 2);
+    for (int i = 0; i < kStrip; ++i) s.at[i] = __ldg(from + i / 2 * 8 + i % 2);
     return s;
   }
 };
 
-// f(strip's number, its first column for this thread, scales) for all strips of a tile, whose products are
-// there once begin(strip) has been called for each in turn
-template <int kSums, typename Begin, typename Function>
-__device__ __forceinline__ void each_strip(int column, const float* scales, const Begin& begin,
-                                           const Function& f) {
-  Scales now = Scales::of(scales + column);
-  CISC_UNROLL
-  for (int strip = 0; strip < kSums / 16; ++strip) {
-    begin(strip);
-    // The next one's come while this one is looked at.
-    const Scales next = strip + 1 < kSums / 16 ? Scales::of(scales + (strip + 1) * 32 + column) : now;
-    f(strip, strip * 32 + column, now);
-    now = next;
+// Those of a tile, read as they are needed. from: of the thread's first column
+class ScalesThere {
+ public:
+  __device__ __forceinline__ explicit ScalesThere(const float* from) : from_(from) {}
+
+  __device__ __forceinline__ Scales strip(int number) const { return Scales::of(from_ + number * 32); }
+
+ private:
+  const float* from_;
+};
+
+// The first strip's in registers, read while the tile's products are made.
+class ScalesAhead {
+ public:
+  __device__ __forceinline__ explicit ScalesAhead(const float* from)
+      : from_(from), first_(Scales::of(from)) {}
+
+  __device__ __forceinline__ Scales strip(int number) const {
+    return number == 0 ? first_ : Scales::of(from_ + number * 32);
   }
+
+ private:
+  const float* from_;
+  Scales first_;
+};
+
+// All of them.
+template <int kSums>
+class ScalesHeld {
+ public:
+  __device__ __forceinline__ explicit ScalesHeld(const float* from) {
+    CISC_UNROLL
+    for (int strip = 0; strip < kSums / 16; ++strip) strips_[strip] = Scales::of(from + strip * 32);
+  }
+
+  __device__ __forceinline__ const Scales& strip(int number) const { return strips_[number]; }
+
+ private:
+  Scales strips_[kSums / 16];
+};
+
+// f(strip's number, its first column for this thread, scales) for all strips of a tile
+template <int kSums, typename OfTile, typename Function>
+__device__ __forceinline__ void each_strip(int column, const OfTile& scales, const Function& f) {
+  CISC_UNROLL
+  for (int strip = 0; strip < kSums / 16; ++strip) f(strip, strip * 32 + column, scales.strip(strip));
 }
 
 // NaN becomes more than any cosine.
@@ -182,31 +202,19 @@ struct Max {
     }
   }
 
-  template <int kFrom, int kSums, int kTiles, typename Begin = Nothing>
-  __device__ __forceinline__ void tile(float (&sums)[kTiles][kSums], const float* scales, int32_t first,
-                                       int columns, const Begin& begin = {}) {
-    CISC_UNROLL
-    for (int m = kFrom; m < kFrom + kTiles; ++m) {
-      // What the row's other threads have found lies in front of this tile, and is as good as an equal here.
+  template <int kSums, typename OfTile>
+  __device__ __forceinline__ void tile(float (&sums)[kRowTiles][kSums], const OfTile& scales, int32_t first,
+                                       int columns) {
+    if (columns < kSums * 2) hide_columns(place_.column(), columns, kHidden, sums);
+    each_strip<kSums>(place_.column(), scales, [&](int strip, int column, const Scales& scale) {
       CISC_UNROLL
-      for (int half = 0; half < 2; ++half) bar_[m][half] = largest_of_row(bar_[m][half]);
-    }
-    const auto begin_strip = [&](int strip) {
-      begin(strip);
-      if (strip == 0 && columns < kSums * 2) {
-        begin.all();
-        hide_columns(place_.column(), columns, kHidden, sums);
-      }
-    };
-    each_strip<kSums>(place_.column(), scales, begin_strip, [&](int strip, int column, const Scales& scale) {
-      CISC_UNROLL
-      for (int m = kFrom; m < kFrom + kTiles; ++m) {
+      for (int m = 0; m < kRowTiles; ++m) {
         CISC_UNROLL
         for (int half = 0; half < 2; ++half) {
           float values[kStrip];
           CISC_UNROLL
           for (int i = 0; i < kStrip; ++i) {
-            values[i] = sums[m - kFrom][strip * 16 + i / 2 * 4 + half * 2 + i % 2] * scale.at[i];
+            values[i] = sums[m][strip * 16 + i / 2 * 4 + half * 2 + i % 2] * scale.at[i];
           }
           if (!passes<kBits>(values, bar_[m][half])) continue;
           CISC_UNROLL
@@ -248,21 +256,10 @@ struct Max {
   int32_t index_[kRowTiles][2];
 };
 
-// A column that may be a winner.
-struct Listed {
-  float value;
-  int32_t index;
-};
-
 // The best few of each row behind those that were found before, in the order of pack_winner.
-// kThreads: 0, or those of a block that multiply: a tile's columns that may be winners are then listed in
-// shared memory first, as code that inserts them behind each strip would not stay in the instruction cache
-template <int kRowTiles_, int kThreads = 0>
+template <int kRowTiles_>
 struct TopK {
   static constexpr int kRowTiles = kRowTiles_;
-  static constexpr bool kLists = kThreads > 0;
-  static constexpr int kMostListed = 8;  // of a row and thread
-  static constexpr int kBytes = kThreads * kRowTiles * 2 * kMostListed * static_cast<int>(sizeof(Listed));
   static constexpr float kHidden = -kInfinity;
 
   __device__ explicit TopK(const Sweep&) {}
@@ -304,60 +301,48 @@ struct TopK {
     }
   }
 
-  template <int kFrom, int kSums, int kTiles, typename Begin = Nothing>
-  __device__ __forceinline__ void tile(float (&sums)[kTiles][kSums], const float* scales, int32_t first,
-                                       int columns, const Begin& begin = {}) {
-    float bar[kTiles][2];
-    set_bars<kFrom>(bar);
-    const auto begin_strip = [&](int strip) {
-      begin(strip);
-      if (strip == 0 && columns < kSums * 2) {
-        begin.all();
-        hide_columns(place_.column(), columns, kHidden, sums);
-      }
-    };
-    if constexpr (kLists) {
-      int32_t behind[kTiles][2];  // columns up to here are done with
+  template <int kSums, typename OfTile>
+  __device__ __forceinline__ void tile(float (&sums)[kRowTiles][kSums], const OfTile& scales, int32_t first,
+                                       int columns) {
+    if (columns < kSums * 2) hide_columns(place_.column(), columns, kHidden, sums);
+    // A tile's columns lie behind what it is compared with: of equal ones they are the worse.
+    float bar[kRowTiles][2];
+    CISC_UNROLL
+    for (int m = 0; m < kRowTiles; ++m) {
       CISC_UNROLL
-      for (int m = 0; m < kTiles; ++m) behind[m][0] = behind[m][1] = -1;
-      bool more = list<kFrom, false>(sums, scales, first, bar, begin_strip, behind);
-      // With a row's first tiles, and now and then.
-      while (__any_sync(kAll, more)) {
-        set_bars<kFrom>(bar);
-        more = list<kFrom, true>(sums, anew(scales), anew(first), bar, Nothing{}, behind);
+      for (int half = 0; half < 2; ++half) {
+        const float shared = shared_bar(m, half);  // by all threads of the warp
+        bar[m][half] = meets_[m][half] ? shared : kInfinity;
       }
-    } else {
-      each_strip<kSums>(
-          place_.column(), scales, begin_strip, [&](int strip, int column, const Scales& scale) {
-            CISC_UNROLL
-            for (int m = kFrom; m < kFrom + kTiles; ++m) {
-              CISC_UNROLL
-              for (int half = 0; half < 2; ++half) {
-                float values[kStrip];
-                CISC_UNROLL
-                for (int i = 0; i < kStrip; ++i) {
-                  values[i] = sums[m - kFrom][strip * 16 + i / 2 * 4 + half * 2 + i % 2] * scale.at[i];
-                }
-                float& least = bar[m - kFrom][half];
-                if (!passes<false>(values, least)) continue;
-                // Code of one product for all: that of eight would not fit the instruction cache.
-                CISC_ROLL
-                for (int i = 0; i < kStrip; ++i) {
-                  const float value = rank_of(values[0]);
-                  CISC_UNROLL
-                  for (int next = 1; next < kStrip; ++next) values[next - 1] = values[next];
-                  if (value > least) find(m, half, {value, first + column + i / 2 * 8 + i % 2});
-                  least = ::fmaxf(least, value_[m][half][kFoundAtOnce - 1]);
-                }
-              }
-            }
-          });
     }
-  }
-
-  // memory: kBytes of the block's; thread: of those that multiply
-  __device__ __forceinline__ void take_memory(unsigned char* memory, int thread) {
-    lists_ = reinterpret_cast<Listed*>(memory) + thread;
+    each_strip<kSums>(place_.column(), scales, [&](int strip, int column, const Scales& scale) {
+      CISC_UNROLL
+      for (int m = 0; m < kRowTiles; ++m) {
+        CISC_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          float values[kStrip];
+          CISC_UNROLL
+          for (int i = 0; i < kStrip; ++i) {
+            values[i] = sums[m][strip * 16 + i / 2 * 4 + half * 2 + i % 2] * scale.at[i];
+          }
+          float& least = bar[m][half];
+          if (!passes<false>(values, least)) continue;
+          // Code of one product for all: that of eight would not fit the instruction cache.
+          CISC_ROLL
+          for (int i = 0; i < kStrip; ++i) {
+            const float value = rank_of(values[0]);
+            CISC_UNROLL
+            for (int next = 1; next < kStrip; ++next) values[next - 1] = values[next];
+            if (!(value > least)) continue;
+            const int32_t index = first + column + i / 2 * 8 + i % 2;
+            const bool found =
+                value > bound_[m][half] || (value == bound_[m][half] && index <= bound_index_[m][half]);
+            if (!found) insert<true>(value, index, value_[m][half], index_[m][half]);
+            least = ::fmaxf(least, value_[m][half][kFoundAtOnce - 1]);
+          }
+        }
+      }
+    });
   }
 
   // write(m, half, state, values, indices): of a row
@@ -400,80 +385,6 @@ struct TopK {
     return ::fmaxf(least_of_row(values[1]), largest_of_row(::fmaxf(values[7], of_two)));
   }
 
-  // Rows that do not meet the tile have nothing above.
-  template <int kFrom, int kTiles>
-  __device__ __forceinline__ void set_bars(float (&bar)[kTiles][2]) const {
-    CISC_UNROLL
-    for (int m = 0; m < kTiles; ++m) {
-      CISC_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        const float shared = shared_bar(kFrom + m, half);  // by all threads of the warp
-        bar[m][half] = meets_[kFrom + m][half] ? shared : kInfinity;
-      }
-    }
-  }
-
-  // A column becomes a winner, unless it was found before.
-  __device__ __forceinline__ void find(int m, int half, const Listed& one) {
-    const bool before =
-        one.value > bound_[m][half] || (one.value == bound_[m][half] && one.index <= bound_index_[m][half]);
-    if (!before) insert<true>(one.value, one.index, value_[m][half], index_[m][half]);
-  }
-
-  // Columns behind those that are done with, and above the bar, are listed, and the lists inserted; whether
-  // one was too short. kAgain: some are done with
-  template <int kFrom, bool kAgain, int kSums, int kTiles, typename Begin>
-  __device__ __forceinline__ bool list(const float (&sums)[kTiles][kSums], const float* scales, int32_t first,
-                                       const float (&bar)[kTiles][2], const Begin& begin,
-                                       // outputs
-                                       int32_t (&behind)[kTiles][2]) {
-    int32_t count[kTiles][2];
-    CISC_UNROLL
-    for (int m = 0; m < kTiles; ++m) count[m][0] = count[m][1] = 0;
-    bool more = false;
-    each_strip<kSums>(place_.column(), scales, begin, [&](int strip, int column, const Scales& scale) {
-      CISC_UNROLL
-      for (int m = 0; m < kTiles; ++m) {
-        CISC_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          float values[kStrip];
-          CISC_UNROLL
-          for (int i = 0; i < kStrip; ++i) {
-            values[i] = sums[m][strip * 16 + i / 2 * 4 + half * 2 + i % 2] * scale.at[i];
-          }
-          if (!passes<false>(values, bar[m][half])) continue;
-          CISC_UNROLL
-          for (int i = 0; i < kStrip; ++i) {
-            const Listed one{rank_of(values[i]), first + column + i / 2 * 8 + i % 2};
-            if (!(one.value > bar[m][half]) || (kAgain && one.index <= behind[m][half])) continue;
-            if (count[m][half] < kMostListed) {
-              *listed(kFrom + m, half, count[m][half]++) = one;
-            } else {
-              more = true;
-            }
-          }
-        }
-      }
-    });
-    CISC_UNROLL
-    for (int m = 0; m < kTiles; ++m) {
-      CISC_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        CISC_ROLL
-        for (int i = 0; i < count[m][half]; ++i) {
-          const Listed one = *listed(kFrom + m, half, i);
-          find(kFrom + m, half, one);
-          behind[m][half] = one.index;
-        }
-      }
-    }
-    return more;
-  }
-
-  __device__ __forceinline__ Listed* listed(int m, int half, int i) const {
-    return lists_ + static_cast<ptrdiff_t>((m * 2 + half) * kMostListed + i) * kThreads;
-  }
-
   // Best first; of equal ones the lowest index: kLater, that of those that are there.
   template <bool kLater>
   __device__ __forceinline__ static void insert(float value, int32_t index,
@@ -498,7 +409,6 @@ struct TopK {
   float value_[kRowTiles][2][kFoundAtOnce], bound_[kRowTiles][2];
   int32_t index_[kRowTiles][2][kFoundAtOnce], bound_index_[kRowTiles][2];
   bool meets_[kRowTiles][2];
-  Listed* lists_ = nullptr;
 };
 
 // Weights relative to a cosine that no other of the thread's columns is far above. A row's numbers are
@@ -546,52 +456,51 @@ struct Softmax {
     }
   }
 
-  template <int kFrom, int kSums, int kTiles, typename Begin = Nothing>
-  __device__ __forceinline__ void tile(float (&sums)[kTiles][kSums], const float* scales, int32_t,
-                                       int columns, const Begin& begin = {}) {
+  template <int kSums, typename OfTile>
+  __device__ __forceinline__ void tile(float (&sums)[kRowTiles][kSums], const OfTile& scales, int32_t,
+                                       int columns) {
     static_assert(kSums / 2 < static_cast<int>(kMost), "the weights of a tile");
-    float totals[kTiles][2], weighteds[kTiles][2];
-    const auto weigh = [&](const auto& begins) {
-      CISC_UNROLL
-      for (int m = 0; m < kTiles; ++m) {
-        totals[m][0] = totals[m][1] = weighteds[m][0] = weighteds[m][1] = 0.0f;
-      }
-      each_strip<kSums>(place_.column(), scales, begins, [&](int strip, int, const Scales& scale) {
-        CISC_UNROLL
-        for (int m = 0; m < kTiles; ++m) {
-          CISC_UNROLL
-          for (int half = 0; half < 2; ++half) {
-            // With a branch for each, the compiler takes one row after the other, and few registers.
-            if (!meets_[kFrom + m][half]) continue;
-            weigh_strip(kFrom + m, half, strip, sums[m], scale, totals[m][half], weighteds[m][half]);
-          }
-        }
-      });
-    };
-    weigh([&](int strip) {
-      begin(strip);
-      if (strip == 0 && columns < kSums * 2) {
-        begin.all();
-        hide_columns(place_.column(), columns, kHidden, sums);
-      }
-    });
-    bool far = false;
+    if (columns < kSums * 2) hide_columns(place_.column(), columns, kHidden, sums);
+    float totals[kRowTiles][2], weighteds[kRowTiles][2];
     CISC_UNROLL
-    for (int m = kFrom; m < kFrom + kTiles; ++m) {
+    for (int m = 0; m < kRowTiles; ++m) {
       CISC_UNROLL
       for (int half = 0; half < 2; ++half) {
-        far = far || (meets_[m][half] && (totals[m - kFrom][half] > kMost || top_[m][half] == -kInfinity));
+        totals[m][half] = weighteds[m][half] = 0.0f;
+        // With a branch for each, the compiler takes one row after the other, and few registers.
+        if (!meets_[m][half]) continue;
+        each_strip<kSums>(0, scales, [&](int strip, int, const Scales& scale) {
+          CISC_UNROLL
+          for (int i = 0; i < kStrip; ++i) sums[m][place_of(strip, half, i)] *= scale.at[i];
+        });
+        weigh(m, half, sums[m], totals[m][half], weighteds[m][half]);
+      }
+    }
+    bool far = false;
+    CISC_UNROLL
+    for (int m = 0; m < kRowTiles; ++m) {
+      CISC_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        far = far || (meets_[m][half] && (totals[m][half] > kMost || top_[m][half] == -kInfinity));
       }
     }
     // With a row's first tile, and now and then.
-    if (far && raise<kFrom>(sums, scales)) weigh(Nothing{});
+    if (far && raise(sums)) {
+      CISC_UNROLL
+      for (int m = 0; m < kRowTiles; ++m) {
+        CISC_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          if (meets_[m][half]) weigh(m, half, sums[m], totals[m][half], weighteds[m][half]);
+        }
+      }
+    }
     CISC_UNROLL
-    for (int m = kFrom; m < kFrom + kTiles; ++m) {
+    for (int m = 0; m < kRowTiles; ++m) {
       CISC_UNROLL
       for (int half = 0; half < 2; ++half) {
         if (!meets_[m][half]) continue;
-        total_[m][half].add(totals[m - kFrom][half]);
-        weighted_[m][half].add(weighteds[m - kFrom][half]);
+        total_[m][half].add(totals[m][half]);
+        weighted_[m][half].add(weighteds[m][half]);
       }
     }
   }
@@ -625,51 +534,40 @@ struct Softmax {
     return strip * 16 + i / 2 * 4 + half * 2 + i % 2;
   }
 
-  // Adds the weights of a strip's columns for a row.
+  // Weights of a row's columns in the tile.
   template <int kSums>
-  __device__ __forceinline__ void weigh_strip(int m, int half, int strip, const float (&sums)[kSums],
-                                              const Scales& scale,
-                                              // outputs
-                                              float& totals, float& weighteds) const {
+  __device__ __forceinline__ void weigh(int m, int half, const float (&sums)[kSums],
+                                        // outputs
+                                        float& totals, float& weighteds) const {
     const float top = top_[m][half] > -kInfinity ? top_[m][half] : 0.0f;
-    float total = 0.0f, weighted = 0.0f;
     CISC_UNROLL
-    for (int i = 0; i < kStrip; ++i) {
-      // The largest is 0 above itself: the slope may be huge.
-      const float above = sums[place_of(strip, half, i)] * scale.at[i] - top;
-      const float weight = fast_exp2(above * slope_[m][half]);
-      total = i == 0 ? weight : total + weight;
-      weighted = i == 0 ? weight * above : fmaf(weight, above, weighted);
+    for (int strip = 0; strip < kSums / 16; ++strip) {
+      float total = 0.0f, weighted = 0.0f;
+      CISC_UNROLL
+      for (int i = 0; i < kStrip; ++i) {
+        // The largest is 0 above itself: the slope may be huge.
+        const float above = sums[place_of(strip, half, i)] - top;
+        const float weight = fast_exp2(above * slope_[m][half]);
+        total = i == 0 ? weight : total + weight;
+        weighted = i == 0 ? weight * above : fmaf(weight, above, weighted);
+      }
+      totals = strip == 0 ? total : totals + total;
+      weighteds = strip == 0 ? weighted : weighteds + weighted;
     }
-    totals += total;
-    weighteds += weighted;
   }
 
   // Make the weights of rows relative to the largest product that there is now; whether one is larger. No
   // weight of this tile is then above 1.
-  template <int kFrom, int kSums, int kTiles>
-  __device__ __forceinline__ bool raise(const float (&sums)[kTiles][kSums], const float* scales) {
-    float most[kTiles][2];
-    CISC_UNROLL
-    for (int m = 0; m < kTiles; ++m) most[m][0] = most[m][1] = -kInfinity;
-    each_strip<kSums>(place_.column(), scales, Nothing{}, [&](int strip, int, const Scales& scale) {
-      CISC_UNROLL
-      for (int m = 0; m < kTiles; ++m) {
-        CISC_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          CISC_UNROLL
-          for (int i = 0; i < kStrip; ++i) {
-            most[m][half] = ::fmaxf(most[m][half], sums[m][place_of(strip, half, i)] * scale.at[i]);
-          }
-        }
-      }
-    });
+  template <int kSums>
+  __device__ __forceinline__ bool raise(const float (&sums)[kRowTiles][kSums]) {
     bool raised = false;
     CISC_UNROLL
-    for (int m = kFrom; m < kFrom + kTiles; ++m) {
+    for (int m = 0; m < kRowTiles; ++m) {
       CISC_UNROLL
       for (int half = 0; half < 2; ++half) {
-        const float to = most[m - kFrom][half];
+        float to = -kInfinity;
+        CISC_UNROLL
+        for (int i = 0; i < kSums / 2; ++i) to = ::fmaxf(to, sums[m][i / 2 * 4 + half * 2 + i % 2]);
         if (!meets_[m][half] || !(to > top_[m][half]) || to < kLeast) continue;
         if (top_[m][half] > -kInfinity) {
           const float by = top_[m][half] - to, factor = fast_exp2(by * slope_[m][half]);
@@ -716,9 +614,9 @@ __device__ __forceinline__ void each_row(const Place& place, const Function& f) 
 template <int kRowTiles, bool kBits>
 __device__ __forceinline__ void prepare(const Sweep&, const Group&, const Place&, Max<kRowTiles, kBits>&) {}
 
-template <int kRowTiles, int kThreads>
+template <int kRowTiles>
 __device__ __forceinline__ void prepare(const Sweep& p, const Group& group, const Place& place,
-                                        TopK<kRowTiles, kThreads>& reducer) {
+                                        TopK<kRowTiles>& reducer) {
   if (p.bounds == nullptr) return;
   each_row<kRowTiles>(place, [&](int m, int half, int32_t position) {
     reducer.bound(m, half, p.bounds[group.row(p, position)]);
@@ -744,9 +642,9 @@ __device__ __forceinline__ void finish(const Sweep& p, const Group& group, const
   });
 }
 
-template <int kRowTiles, int kThreads>
+template <int kRowTiles>
 __device__ __forceinline__ void finish(const Sweep& p, const Group& group, const Place& place,
-                                       TopK<kRowTiles, kThreads>& reducer) {
+                                       TopK<kRowTiles>& reducer) {
   reducer.end([&](int m, int half, const State& state, const float (&values)[kFoundAtOnce],
                   const int32_t (&indices)[kFoundAtOnce]) {
     const int64_t result = group.result(p, place.position(m, half));

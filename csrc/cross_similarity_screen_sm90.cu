@@ -9,8 +9,8 @@ namespace {
 using namespace sm90;
 
 using Screens = reduce::Screen<kGroups * kWarpGroup, 256>;
-using HeldScreen = BlockShape<1, 256, 2, true, true, 0, false, Screens::kBytes>;  // rows of up to 512 numbers
-using StreamedScreen = BlockShape<1, 256, 2, false, true, 0, false, Screens::kBytes>;  // any rows
+using HeldScreen = BlockShape<1, 256, 2, true, true, 0, Screens::kBytes>;       // rows of up to 512 numbers
+using StreamedScreen = BlockShape<1, 256, 2, false, true, 0, Screens::kBytes>;  // any rows
 
 static_assert(HeldScreen::kRows == StreamedScreen::kRows && HeldScreen::kColumns == StreamedScreen::kColumns,
               "one cut");

@@ -257,7 +257,8 @@ __global__ void __launch_bounds__(kThreads, 1) sweep_kernel(const __grid_constan
       }
       const int32_t from = segment.begin + tile * kColumns + group * kGroupColumns, left = segment.end - from;
       if (left <= 0) continue;
-      reducer.template tile<0>(sums, guide_scale + from, from, left < kGroupColumns ? left : kGroupColumns);
+      reducer.tile(sums, reduce::ScalesThere(guide_scale + from + fragments::column(lane, 0)), from,
+                   left < kGroupColumns ? left : kGroupColumns);
     }
   }
 

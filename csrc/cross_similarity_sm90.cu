@@ -25,22 +25,18 @@ constexpr Variant variant(const char* name, Reduction reduction) {
   return {name, reduction, cut_of_shape<S>, launch<S, Matrix::f16, Reducer>};
 }
 
-using Lists = reduce::TopK<1, kGroups * kWarpGroup>;  // of columns
-static_assert(Lists::kBytes == kListBytes);
-
 constexpr Variant kVariants[] = {
-    variant<Usual, reduce::Max<2, true>>("max_bits", Reduction::max),
-    variant<BlockShape<2, 128, 1, true, false, 4>, reduce::Max<2, false>>("max_alone", Reduction::max),
-    variant<Wide, reduce::Max<2, false>>("max_turns", Reduction::max),
-    variant<BlockShape<2, 128, 1, true>, reduce::Max<2, false>>("max_turns_alone", Reduction::max),
-    variant<UsualNarrow<0>, reduce::Max<1, false>>("max_narrow", Reduction::max),
-    variant<BlockShape<1, 128, 2, true, true, 4, true>, reduce::Max<1, false>>("max_held", Reduction::max),
-    variant<Wide, reduce::Softmax<2>>("softmax_turns", Reduction::softmax),
-    variant<UsualNarrow<0>, reduce::Softmax<1>>("softmax_narrow", Reduction::softmax),
-    variant<BlockShape<2, 128, 1, true, false, 4>, reduce::Softmax<2>>("softmax_alone", Reduction::softmax),
-    variant<Long, reduce::TopK<1>>("topk_long", Reduction::topk),
-    variant<UsualNarrow<0>, reduce::TopK<1>>("topk_inline", Reduction::topk),
-    variant<BlockShape<1, 128, 1, true, false, 4, false, kListBytes>, Lists>("topk_alone", Reduction::topk),
+    variant<Wide, reduce::Max<2, true>>("max_bits", Reduction::max),
+    variant<BlockShape<2, 128, 1, true>, reduce::Max<2, false>>("max_alone", Reduction::max),
+    variant<BlockShape<2, 128, 2, true, false>, reduce::Max<2, false>>("max_no_turns", Reduction::max),
+    variant<Long, reduce::Max<1, false>>("max_long", Reduction::max),
+    variant<BlockShape<1, 128, 2, true, true, 4>, reduce::Max<1, false>>("max_held", Reduction::max),
+    variant<BlockShape<2, 128, 1, true>, reduce::Softmax<2>>("softmax_alone", Reduction::softmax),
+    variant<BlockShape<2, 128, 2, true, false>, reduce::Softmax<2>>("softmax_no_turns", Reduction::softmax),
+    variant<Long, reduce::Softmax<1>>("softmax_long", Reduction::softmax),
+    variant<BlockShape<1, 256, 1, true>, reduce::TopK<1>>("topk_alone", Reduction::topk),
+    variant<BlockShape<1, 256, 2, true, false>, reduce::TopK<1>>("topk_no_turns", Reduction::topk),
+    variant<BlockShape<1, 128, 2, true>, reduce::TopK<1>>("topk_short", Reduction::topk),
 };
 
 // What is asked for, if it is of these rows and this reduction.
@@ -60,17 +56,13 @@ const Variant* variant_of(const RowShape& shape, Matrix type, Reduction reductio
 
 template <typename S, Matrix type>
 void sweep_by(const Gpu& gpu, const Sweep& sweep) {
-  if constexpr (S::kMoreBytes > 0) {
-    launch<S, type, Lists>(gpu, sweep);
-  } else {
-    switch (sweep.reduction) {
-      case Reduction::max:
-        return launch<S, type, reduce::Max<S::kRowTiles, false>>(gpu, sweep);
-      case Reduction::softmax:
-        return launch<S, type, reduce::Softmax<S::kRowTiles>>(gpu, sweep);
-      default:
-        if constexpr (S::kRowTiles == 1) launch<S, type, reduce::TopK<1>>(gpu, sweep);
-    }
+  switch (sweep.reduction) {
+    case Reduction::max:
+      return launch<S, type, reduce::Max<S::kRowTiles, false>>(gpu, sweep);
+    case Reduction::softmax:
+      return launch<S, type, reduce::Softmax<S::kRowTiles>>(gpu, sweep);
+    default:
+      if constexpr (S::kRowTiles == 1) launch<S, type, reduce::TopK<1>>(gpu, sweep);
   }
 }
 

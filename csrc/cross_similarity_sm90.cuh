@@ -96,8 +96,8 @@ __device__ __forceinline__ T of_warp(T value) {
 template <typename S, Matrix type>
 class Products {
  public:
-  using Sums = SumOf<type>[S::kBuffers][S::kSums];
-  using Held = uint32_t[S::kHeldWords][4];
+  using Sums = SumOf<type>[S::kRowTiles][S::kSums];
+  using Held = uint32_t[S::kHeld][4];
 
   __device__ __forceinline__ Products(const RowShape& shape, const Layout<S>& layout, unsigned char* tiles,
                                       Barriers* barriers, int group)
@@ -105,10 +105,8 @@ class Products {
         layout_(layout),
         barriers_(barriers),
         group_(group),
-        lane_(static_cast<int>(threadIdx.x) % kWarp),
-        tiles_(of_warp(shared_address(tiles))),
-        rows_(tiles_ + static_cast<uint32_t>(of_warp(group)) * S::kRowTiles * 64 * kChunkBytes),
-        steps_(S::kChunks > 0 ? S::kChunks : shape.steps()),
+        tiles_(shared_address(tiles)),
+        steps_(S::kHeldChunks > 0 ? S::kHeldChunks : shape.steps()),
         in_turn_(layout.in_turn(steps_)) {
     if (in_turn_ && group == 1) meet_without_waiting(kTurn, kGroups * kWarpGroup);
   }
@@ -118,21 +116,27 @@ class Products {
     if (in_turn_ && group_ == 0) meet(kTurn, kGroups * kWarpGroup);
   }
 
-  // Of a whole tile.
+  // Those with the next tile.
   __device__ __forceinline__ void make(const Held& held,
                                        // outputs
                                        Sums& sums) {
-    constexpr int kUnrolled = S::kHeld ? S::kChunks : 1;
+    [[maybe_unused]] constexpr int kUnrolled = S::kHeldChunks > 0 ? S::kHeldChunks : 1;
     if (in_turn_) meet(kTurn + group_, kGroups * kWarpGroup);
-    ring_of_warp();
+    // Of the warp, so that what follows is computed once for it.
+    ring_.stage = of_warp(ring_.stage);
+    ring_.parity = of_warp(ring_.parity);
+    const uint32_t first = of_warp(tiles_);
+    const uint32_t rows = first + static_cast<uint32_t>(of_warp(group_)) * S::kRowTiles * 64 * kChunkBytes;
     int32_t previous = 0;
 #pragma unroll kUnrolled
     for (int32_t step = 0; step < steps_; ++step) {
       barrier_wait(&barriers_->full[ring_.stage], ring_.parity);
+      const auto stage = static_cast<uint32_t>(layout_.stage(ring_.stage));
+      const uint32_t query = S::kResident
+                                 ? rows + static_cast<uint32_t>(layout_.query(shape_.query_chunk(step)))
+                                 : rows + stage + S::kGuideBytes;
       products_begin();
-#pragma unroll
-      for (int m = 0; m < S::kRowTiles; ++m)
-        multiply(step, static_cast<uint32_t>(layout_.stage(ring_.stage)), m, held, sums[m]);
+      multiply(step, fragments::descriptor(query), fragments::descriptor(first + stage), held, sums);
       products_commit();
       if (step > 0) {
         products_wait<1>();
@@ -148,66 +152,27 @@ class Products {
     release(previous);
   }
 
-  // Where products overlap, those of 64 rows and a tile are on their way while those before are reduced. A
-  // step of the next ones, from the ring's stage; of no tile, which is made for nothing: a branch would make
-  // the compiler wait for each. Or from the stage of the tile at hand.
-  __device__ __forceinline__ void step_of_new_tile(int step, bool some,
-                                                   // outputs
-                                                   SumOf<type> (&sums)[S::kSums]) {
-    ring_of_warp();
-    if (some) barrier_wait(&barriers_->full[ring_.stage], ring_.parity);
-    products_begin();
-    multiply(step, some ? static_cast<uint32_t>(layout_.stage(ring_.stage)) : 0, 0, {}, sums);
-    products_commit();
-    if (some) ring_.next(layout_.stages);
-  }
-  __device__ __forceinline__ void step_of_same_tile(int step,
-                                                    // outputs
-                                                    SumOf<type> (&sums)[S::kSums]) const {
-    products_begin();
-    multiply(step, static_cast<uint32_t>(layout_.stage(stage_back(kQuarters - step))), S::kRowTiles - 1, {},
-             sums);
-    products_commit();
-  }
-  __device__ __forceinline__ void wait_for_others() const { products_wait<1>(); }
-  __device__ __forceinline__ void wait_for_all() const { products_wait<0>(); }
-
-  // Lets go of the stage that came so many before the ring's.
-  __device__ __forceinline__ void release_back(int count) const { release(stage_back(count)); }
-
  private:
-  // Of the warp, so that what follows is computed once for it.
-  __device__ __forceinline__ void ring_of_warp() {
-    ring_.stage = of_warp(ring_.stage);
-    ring_.parity = of_warp(ring_.parity);
-  }
-
-  __device__ __forceinline__ int32_t stage_back(int count) const {
-    const int32_t stage = ring_.stage - count;
-    return stage < 0 ? stage + layout_.stages : stage;
-  }
-
-  // A step's products of 64 rows, number m of the group's, with a stage.
-  __device__ __forceinline__ void multiply(int32_t step, uint32_t stage, int m, const Held& held,
-                                           // outputs
-                                           SumOf<type> (&sums)[S::kSums]) const {
+  // Of a step. a, b: descriptors of the rows' chunk and of the tile's
+  __device__ __forceinline__ static void multiply(int32_t step, uint64_t a, uint64_t b, const Held& held,
+                                                  // outputs
+                                                  Sums& sums) {
     constexpr int kBytes = 32, kSteps = kChunkBytes / kBytes;  // of a row, that an instruction multiplies
-    const uint32_t query = S::kResident
-                               ? rows_ + static_cast<uint32_t>(layout_.query(shape_.query_chunk(step)))
-                               : rows_ + stage + S::kGuideBytes;
-    const uint64_t a = fragments::descriptor(query), b = fragments::descriptor(tiles_ + stage);
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
       const bool adds = step > 0 || k > 0;
       const uint64_t columns = fragments::further(b, k * kBytes);
-      if constexpr (S::kHeld) {
-        multiply_64<type, false>(sums, held[step * kSteps + k], columns, adds);
+      if constexpr (S::kHeldChunks > 0) {
+        multiply_64<type, false>(sums[0], held[step * kSteps + k], columns, adds);
       } else {
-        const uint64_t here = fragments::further(a, m * 64 * kChunkBytes + k * kBytes);
-        if constexpr (type == Matrix::s8) {
-          multiply_64(sums, here, columns, adds);
-        } else {
-          multiply_64<type, false>(sums, here, columns, adds);
+#pragma unroll
+        for (int m = 0; m < S::kRowTiles; ++m) {
+          const uint64_t here = fragments::further(a, m * 64 * kChunkBytes + k * kBytes);
+          if constexpr (type == Matrix::s8) {
+            multiply_64(sums[m], here, columns, adds);
+          } else {
+            multiply_64<type, false>(sums[m], here, columns, adds);
+          }
         }
       }
     }
@@ -215,19 +180,20 @@ class Products {
 
   // A warp of each group lets go of a stage, in all blocks that share it.
   __device__ __forceinline__ void release(int32_t stage) const {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
     Barrier* empty = &barriers_->empty[stage];
     if constexpr (S::kCluster > 1) {
-      if (lane_ < S::kCluster) barrier_arrive_at(empty, static_cast<uint32_t>(lane_));
+      if (lane < S::kCluster) barrier_arrive_at(empty, static_cast<uint32_t>(lane));
     } else {
-      if (lane_ == 0) barrier_arrive(empty);
+      if (lane == 0) barrier_arrive(empty);
     }
   }
 
   const RowShape& shape_;
   const Layout<S>& layout_;
   Barriers* barriers_;
-  int group_, lane_;
-  uint32_t tiles_, rows_;  // in shared memory; rows: the group's
+  int group_;
+  uint32_t tiles_;  // in shared memory
   int32_t steps_;
   bool in_turn_;
   Ring ring_;
@@ -238,11 +204,11 @@ template <typename S>
 __device__ __forceinline__ void hold_rows(const Layout<S>& layout, const unsigned char* tiles, int first_row,
                                           int lane,
                                           // outputs
-                                          uint32_t (&held)[S::kHeldWords][4]) {
+                                          uint32_t (&held)[S::kHeld][4]) {
   // Of the four matrices [8,8] of 16 rows and 16 numbers, a lane names a row of one.
   const int row = first_row + lane % 16, half = lane / 16;
 #pragma unroll
-  for (int chunk = 0; chunk < S::kChunks; ++chunk) {
+  for (int chunk = 0; chunk < S::kHeldChunks; ++chunk) {
 #pragma unroll
     for (int k = 0; k < kChunk16 / 16; ++k) {
       load_matrices(tiles + layout.query(chunk) + fragments::swizzled(row, k * 32 + half * 16),
@@ -251,118 +217,21 @@ __device__ __forceinline__ void hold_rows(const Layout<S>& layout, const unsigne
   }
 }
 
-// Tiles of a segment, as reducers are told of them.
-struct Tiles {
-  int32_t begin, end, tile, end_tile;  // tile: the one at hand
-
-  template <typename S>
-  __device__ __forceinline__ int32_t first() const {
-    return begin + tile * S::kColumns;
-  }
-  template <typename S>
-  __device__ __forceinline__ int columns() const {
-    const int32_t left = end - first<S>();
-    return left < S::kColumns ? left : S::kColumns;
-  }
-  __device__ __forceinline__ bool last() const { return tile + 1 == end_tile; }
-};
-
-// What a reducer calls in front of its strips while other products are on their way.
-template <typename Products, typename Step>
-struct Begin {
-  const Products& products;
-  Step step;
-
-  __device__ __forceinline__ void operator()(int strip) const { step(strip); }
-  __device__ __forceinline__ void all() const { products.wait_for_all(); }
-};
-template <typename Products, typename Step>
-Begin(const Products&, Step) -> Begin<Products, Step>;
-
-// A group's rows meet the tiles of a segment. scales: of the image's first position
+// A group's rows meet a tile, which begins at position `first` and has `columns`.
 template <typename S, Matrix type, typename Scale, typename Reducer>
-__device__ __forceinline__ void reduce_tiles(Tiles at, const Scale* scales,
-                                             const typename Products<S, type>::Held& held,
-                                             Products<S, type>& products, Reducer& reducer) {
+__device__ __forceinline__ void reduce_tile(const Scale* scales, int32_t first, int columns,
+                                            const typename Products<S, type>::Held& held,
+                                            Products<S, type>& products, Reducer& reducer) {
   typename Products<S, type>::Sums sums;
-  for (; at.tile < at.end_tile; ++at.tile) {
-    const int32_t first = at.first<S>();
-    if constexpr (std::is_same_v<Scale, Step>) reducer.ahead(scales + first);
+  if constexpr (std::is_same_v<Scale, Step>) {
+    reducer.ahead(scales);
     products.make(held, sums);
-    if constexpr (std::is_same_v<Scale, Step>) {
-      reducer.tile(sums, first, at.columns<S>());
-    } else {
-      reducer.template tile<0>(sums, scales + first, first, at.columns<S>());
-    }
-  }
-}
-
-// The same where products overlap, two tiles of 64 rows after one another. Nothing is on its way from one
-// tile to the next: the compiler follows products through no loop, and would make each wait.
-template <typename S, Matrix type, typename Reducer>
-__device__ __forceinline__ void reduce_wide_tiles(Tiles at, const float* scales, Products<S, type>& products,
-                                                  Reducer& reducer) {
-  typename Products<S, type>::Sums sums;
-#pragma unroll
-  for (int step = 0; step < kQuarters; ++step) products.step_of_new_tile(step, true, sums[0]);
-  products.wait_for_all();
-#pragma unroll 1
-  for (; at.tile < at.end_tile; ++at.tile) {
-    const int32_t first = at.first<S>();
-    hold(sums[0]);
-    const Begin first_rows{products, [&](int strip) {
-                             products.step_of_same_tile(strip, sums[1]);
-                             if (strip == 0) return;
-                             products.wait_for_others();
-                             products.release_back(kQuarters + 1 - strip);
-                           }};
-    reducer.template tile<0>(reduce::only(sums[0]), scales + first, first, at.columns<S>(), first_rows);
-    const bool last = at.last();
-    const Begin second_rows{products, [&](int strip) {
-                              products.step_of_new_tile(strip, !last, sums[0]);
-                              if (strip > 0) return;
-                              products.wait_for_others();
-                              hold(sums[1]);
-                              products.release_back(last ? 1 : 2);
-                            }};
-    reducer.template tile<1>(reduce::only(sums[1]), scales + first, first, at.columns<S>(), second_rows);
-    products.wait_for_all();
-  }
-}
-
-// One tile of 64 rows: the next one's products are on their way.
-template <typename S, Matrix type, typename Reducer>
-__device__ __forceinline__ void reduce_narrow_tiles(Tiles at, const float* scales,
-                                                    Products<S, type>& products, Reducer& reducer) {
-  typename Products<S, type>::Sums sums;
-#pragma unroll
-  for (int step = 0; step < kQuarters; ++step) products.step_of_new_tile(step, true, sums[0]);
-  products.wait_for_all();
-#pragma unroll 1
-  while (at.tile < at.end_tile) {
-    hold(sums[0]);
-#pragma unroll
-    for (int number = 0; number < 2; ++number) {
-      // Of an odd number of tiles the last one is reduced with one that has no columns.
-      const bool there = number == 0 || at.tile < at.end_tile, more = at.tile + 1 < at.end_tile;
-      const int32_t first = there ? at.first<S>() : at.begin;
-      const Begin begin{products, [&](int strip) {
-                          products.step_of_new_tile(strip, more, sums[1 - number]);
-                          if (strip > 0) return;
-                          if (number == 1) {
-                            products.wait_for_others();
-                            hold(sums[1]);
-                          }
-                          if (!there) return;
-#pragma unroll
-                          for (int i = 0; i < kQuarters; ++i)
-                            products.release_back((more ? 1 : 0) + kQuarters - i);
-                        }};
-      reducer.template tile<0>(reduce::only(sums[number]), scales + first, first, there ? at.columns<S>() : 0,
-                               begin);
-      ++at.tile;
-    }
-    products.wait_for_all();
+    reducer.tile(sums, first, columns);
+  } else {
+    using OfTile = std::conditional_t<(S::kSums > 64), reduce::ScalesAhead, reduce::ScalesHeld<S::kSums>>;
+    const OfTile of_tile(scales + reducer.column());
+    products.make(held, sums);
+    reducer.tile(sums, of_tile, first, columns);
   }
 }
 
@@ -373,7 +242,7 @@ __device__ __forceinline__ void reduce_all(const Parameters& parameters, const L
   const Sweep& p = parameters.sweep;
   Reducer reducer(p);
   if constexpr (S::kMoreBytes > 0) reducer.take_memory(tiles + layout.more(), static_cast<int>(threadIdx.x));
-  uint32_t held[S::kHeldWords][4];
+  uint32_t held[S::kHeld][4];
   Ring queries;
   Products<S, type> products(p.shape, layout, tiles, barriers, group);
   for (auto number = static_cast<int32_t>(blockIdx.x) / S::kCluster; number < p.units * p.splits;
@@ -408,7 +277,7 @@ __device__ __forceinline__ void reduce_all(const Parameters& parameters, const L
       if (S::kResident && !brought) {
         barrier_wait(&barriers->query_full, queries.parity);
         queries.next(1);
-        if constexpr (S::kHeld) {
+        if constexpr (S::kHeldChunks > 0) {
           const int thread = static_cast<int>(threadIdx.x);
           hold_rows<S>(layout, tiles, group * 64 + fragments::first_row(thread / kWarp % 4), thread % kWarp,
                        held);
@@ -416,15 +285,13 @@ __device__ __forceinline__ void reduce_all(const Parameters& parameters, const L
       }
       brought = true;
       reducer.segment(of_warp(segment.first_query), of_warp(segment.behind_query));
-      const Tiles at{of_warp(segment.begin), of_warp(segment.end), of_warp(segment.first_tile),
-                     of_warp(segment.end_tile)};
+      const int32_t begin = of_warp(segment.begin), end = of_warp(segment.end);
+      const int32_t end_tile = of_warp(segment.end_tile);
       const auto* scales = Reducer::scales(p) + item.image * p.guide_pixels;
-      if constexpr (S::kOverlaps && S::kRowTiles == 2) {
-        reduce_wide_tiles(at, scales, products, reducer);
-      } else if constexpr (S::kOverlaps) {
-        reduce_narrow_tiles(at, scales, products, reducer);
-      } else {
-        reduce_tiles(at, scales, held, products, reducer);
+      for (int32_t tile = of_warp(segment.first_tile); tile < end_tile; ++tile) {
+        const int32_t first = begin + tile * S::kColumns, left = end - first;
+        reduce_tile<S, type>(scales + first, first, left < S::kColumns ? left : S::kColumns, held, products,
+                             reducer);
       }
     }
     if (S::kResident && brought && threadIdx.x % kWarp == 0) barrier_arrive(&barriers->query_empty);
