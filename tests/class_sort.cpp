@@ -170,6 +170,23 @@ void check_schedule(int64_t images, int64_t slots, int64_t query, int64_t guide,
   require(next == s.units(), "all tiles", next, s.units());
 }
 
+// Where the last round of blocks is to be full: no more splits than there are columns for, and rounds no longer than
+// without any.
+void check_rounds(int64_t units, int64_t streamed, int64_t at_once) {
+  const Cut cut{1, 16, 0, at_once};
+  const Schedule s = Schedule::of(1, 1, units, streamed, cut);
+  const int64_t columns = ceil_div(streamed, cut.columns);
+  const auto time = [&](int64_t splits) {
+    return ceil_div(units * splits, at_once) * (ceil_div(columns, splits) + kBlockColumns);
+  };
+  require(s.splits >= 1 && s.splits <= std::max<int64_t>(columns / kLeastTiles, 1) && s.splits <= kMostSplits,
+          "splits for rounds", units, s.splits);
+  require(time(s.splits) <= time(1), "time of rounds", units, s.splits);
+  for (int64_t splits = 1; splits <= std::min(columns / kLeastTiles, kMostSplits); ++splits) {
+    require(time(splits) * kWorth >= time(s.splits) * (kWorth - 1), "faster rounds", units, splits);
+  }
+}
+
 // Labels in regions, as images have, or at random.
 std::vector<int64_t> draw(std::mt19937_64& random, int64_t pixels, const std::vector<int64_t>& values) {
   std::vector<int64_t> labels;
@@ -225,6 +242,11 @@ int main(int count, char** words) {
           check_schedule(images, slots, n, m, bytes, pixel_bytes);
         }
       }
+    }
+  }
+  for (const int64_t units : {1, 2, 8, 32, 52, 66, 67, 128, 208, 256, 1000}) {
+    for (const int64_t m : {1, 64, 65, 4096, 6561, 16384, 131072}) {
+      for (const int64_t at_once : {1, 66, 132}) check_rounds(units, m, at_once);
     }
   }
   std::printf("%lld pairs, %lld tiles, %lld units\n", static_cast<long long>(checked_pairs),

@@ -58,7 +58,12 @@ void add_pairs(Walk walk, int32_t columns, int64_t guide_pixels,
   Segment s;
   int64_t tiles = 0;
   int32_t before = -1;
+  // As a kernel does that keeps no walk, but where it stands.
+  const Walk begun = walk;
   while (walk.next(&s)) {
+    const Walk::Mark mark = walk.mark();
+    walk = begun;
+    walk.go_on(mark);
     require(s.begin > before || before < 0, "ranges that do not ascend", s.begin, before);
     before = s.begin;
     require(s.first_tile < s.end_tile && s.first_query < s.behind_query, "an empty segment", s.begin, s.end);

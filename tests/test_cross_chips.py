@@ -31,8 +31,8 @@ DEFAULTS: dict[str, Any] = {
     "eps": 1e-8,
 }
 VARIANTS = (
-    *("max_bits", "max_alone", "max_no_turns", "max_long", "max_long_bits", "max_held"),
-    *("softmax_long", "softmax_no_turns", "topk_short"),
+    *("max_bits", "max_alone", "max_no_turns", "max_long", "max_held"),
+    *("softmax_alone", "softmax_no_turns", "softmax_long", "topk_alone", "topk_no_turns", "topk_short"),
 )
 
 on_chips = pytest.mark.parametrize(("device", "chip"), CHIPS)

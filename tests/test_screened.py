@@ -191,6 +191,16 @@ def test_images_and_splits_cpp(own: bool, order: str, monkeypatch: pytest.Monkey
 
 @pytest.mark.cuda
 @needs_hopper
+def test_more_images_than_results_fit_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Units in two launches: the second one's flags are its own."""
+    images = 640
+    inputs = _inputs("random", 8, (2, 3), batch=images, labels=1)
+    inputs["guide"][:, :, 0] *= torch.rand(images, 8, 1) + 0.5
+    _check(inputs, monkeypatch)
+
+
+@pytest.mark.cuda
+@needs_hopper
 @pytest.mark.parametrize("query_kind", ["zeros", "no number", "not finite"])
 def test_query_cpp(query_kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Vectors of the query that have no direction, before a guide whose all have."""
