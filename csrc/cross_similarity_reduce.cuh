@@ -131,8 +131,14 @@ class ScalesHeld {
 // f(strip's number, its first column for this thread, scales) for all strips of a tile
 template <int kSums, typename OfTile, typename Function>
 __device__ __forceinline__ void each_strip(int column, const OfTile& scales, const Function& f) {
+  Scales now = scales.strip(0);
   CISC_UNROLL
-  for (int strip = 0; strip < kSums / 16; ++strip) f(strip, strip * 32 + column, scales.strip(strip));
+  for (int strip = 0; strip < kSums / 16; ++strip) {
+    // The next one's come while this one is looked at.
+    const Scales next = strip + 1 < kSums / 16 ? scales.strip(strip + 1) : now;
+    f(strip, strip * 32 + column, now);
+    now = next;
+  }
 }
 
 // NaN becomes more than any cosine.

@@ -170,8 +170,8 @@ void check_schedule(int64_t images, int64_t slots, int64_t query, int64_t guide,
   require(next == s.units(), "all tiles", next, s.units());
 }
 
-// Where the last round of blocks is to be full: no more splits than there are columns for, and rounds no longer than
-// without any.
+// Where the last round of blocks is to be full: no more splits than there are columns for, and rounds no
+// longer than without any.
 void check_rounds(int64_t units, int64_t streamed, int64_t at_once) {
   const Cut cut{1, 16, 0, at_once};
   const Schedule s = Schedule::of(1, 1, units, streamed, cut);
