@@ -75,8 +75,8 @@ struct Cut {
   int64_t rows;     // of the one side, that are a tile
   int64_t columns;  // of the other side, that are met together
   int64_t blocks;   // at least, where there is enough to do
-  int64_t at_once =
-      0;  // blocks that a large GPU runs at a time: their last round is to be full; 0: do not care
+  // That a large GPU runs at a time, and whose last round is to be full; 0: it does not matter.
+  int64_t at_once = 0;
 };
 
 constexpr int64_t kBlockColumns = 2;  // times cut.columns, that take as long as a block's begin and end

@@ -13,8 +13,6 @@ namespace sm90 {
 constexpr int kGroups = 2;  // warp groups that multiply; a third one brings tiles
 constexpr int64_t kSharedBytes = 227 << 10;
 constexpr int kMostStages = 12;
-constexpr int kQuarters =
-    4;  // of a tile's part, that are reduced while so many steps of another are multiplied
 constexpr int64_t kMultiprocessors = 132;  // of a large GPU
 
 constexpr int64_t kBarrierBytes = 8 * (2 * kMostStages + 2);
