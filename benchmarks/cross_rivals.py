@@ -231,6 +231,7 @@ def attention(case: Case, whole: bool, chunk: int) -> Call:
     temperature = case.inputs.get("temperature", 0.07)
 
     def kernel(q: Tensor, g: Tensor, hidden: Hidden | None) -> Tensor:
+        q, g = q.contiguous(), g.contiguous()  # as the fused kernels want them
         mean = F.scaled_dot_product_attention(
             q[None, None], g[None, None], g[None, None], scale=1 / temperature
         )

@@ -45,13 +45,6 @@ def dense_case(
     return Case(OPERATORS[OP], workload, dtype, "forward", inputs)
 
 
-def with_reduction(case: Case, reduction: str) -> Case:
-    """The same pixels by another reduction."""
-    name = f"{case.workload.name.rpartition('_')[0]}_{reduction}"
-    workload = replace(case.workload, name=name, reduction=reduction)
-    return replace(case.with_inputs(reduction=reduction), workload=workload)
-
-
 def own_case(case: Case, query_labels: Tensor, guide_labels: Tensor) -> Case:
     """The same pixels, each against those of its own label; labels [1,H,W] of any size."""
     device = case.inputs["query"].device

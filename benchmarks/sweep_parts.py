@@ -29,9 +29,11 @@ TIMES_OWN = 3.0
 TIMES_LINEAR = 1.1
 SHARE_SMALL = 0.6
 TIMES_RIVAL = {"max": 1.15, "softmax": 1.3, "topk": 1.3}
+DTYPES = ("float16", "bfloat16")
 RATES = {"max": MAX_TFLOPS, "softmax": SOFTMAX_TFLOPS, "topk": TOPK_TFLOPS}
-_ERROR, _EXACT_ERROR, _RIVAL_ERROR = 1e-3, 1e-5, 5e-3
-"""Of a cosine: by 16-bit operands, at "highest" precision, and of a rival that normalises in 16 bits."""
+_ERROR, _ROUNDED_ERROR, _RIVAL_ERROR = 1e-5, 2e-4, 5e-3
+"""Of a cosine: where nothing is rounded, of unit vectors rounded to 16 bits, and of a rival that normalises
+in 16 bits and multiplies those."""
 _RIVAL_LIMIT_S = 1.0
 """Longest run of a rival; it is left out where it takes longer."""
 _ALL_PAIRS = ("naive", "compile")
@@ -227,10 +229,10 @@ def at_precision(name: str) -> Callable[[Call], Call]:
     return wrap
 
 
-def matrices(bench: Bench) -> Ready:
-    """The product of two matrices in float16."""
+def matrices(bench: Bench, dtype: str) -> Ready:
+    """The product of two matrices."""
     size = bench.sizes.products
-    a, b = torch.randn(2, size, size, device=bench.device).to(torch.float16).unbind()
+    a, b = torch.randn(2, size, size, device=bench.device).to(getattr(torch, dtype)).unbind()
     out = torch.empty_like(a)
 
     def call() -> Result:
@@ -238,7 +240,7 @@ def matrices(bench: Bench) -> Ready:
 
     call()
     shape = {"N": size, "M": size, "C": size}
-    return Ready("float16", "", shape, 2 * size**3, bench.replay(lambda: call))
+    return Ready(dtype, "", shape, 2 * size**3, bench.replay(lambda: call))
 
 
 def extra_mib(bench: Bench, case: Case) -> float | None:
@@ -255,35 +257,33 @@ def memory_limit_mib(case: Case) -> float:
 
 
 def products(bench: Bench) -> Iterator[Row]:
-    one = matrices(bench)
-    (times,) = bench.times([one.call])
-    yield row(bench, "products", f"torch.mm, {bench.sizes.products} cubed", one, times)
+    found = [matrices(bench, dtype) for dtype in DTYPES]
+    for one, times in zip(found, bench.times([one.call for one in found]), strict=True):
+        yield row(bench, "products", f"torch.mm, {bench.sizes.products} cubed", one, times)
 
 
 def dense(bench: Bench) -> Iterator[Row]:
-    mm = matrices(bench)
-    subjects = [
-        bench.dense(dtype=dtype, reduction=reduction)
-        for dtype in ("float16", "bfloat16")
-        for reduction in RATES
-    ]
+    mms = {dtype: matrices(bench, dtype) for dtype in DTYPES}
+    subjects = [bench.dense(dtype=dtype, reduction=reduction) for dtype in DTYPES for reduction in RATES]
     found = [ready(bench, case) for case in subjects]
-    of_mm, *times = bench.times([mm.call, *(one.call for one in found)])
-    for case, one, of_one in zip(subjects, found, times, strict=True):
+    times = bench.times([one.call for one in (*mms.values(), *found)])
+    of_mms = dict(zip(DTYPES, times, strict=False))
+    for case, one, of_one in zip(subjects, found, times[len(mms) :], strict=True):
+        of_products = tflops(mms[one.dtype], of_mms[one.dtype])
         rate = tflops(one, of_one)
         claims = [at_least(rate, RATES[one.reduction], "TFLOP/s")]
         if one.reduction == "max":
-            claims.append(at_least(rate / tflops(mm, of_mm), SHARE_OF_PRODUCTS, "of products"))
+            claims.append(at_least(rate / of_products, SHARE_OF_PRODUCTS, "of products"))
         extra = extra_mib(bench, case)
         if extra is not None:
             claims.append(at_most(extra, memory_limit_mib(case), "MiB"))
-        more = {"products_tflops": _significant(tflops(mm, of_mm)), "extra_mib": extra}
+        more = {"products_tflops": _significant(of_products), "extra_mib": extra}
         yield row(bench, "dense", one.reduction, one, of_one, claims, **more)
 
 
 def highest(bench: Bench) -> Iterator[Row]:
     case = bench.dense(dtype="float32")
-    limits = {"highest": _EXACT_ERROR, "high": _ERROR}
+    limits = {"highest": _ERROR, "high": _ROUNDED_ERROR}
     found = [ready(bench, case, at_precision(name), limit) for name, limit in limits.items()]
     for name, one, times in zip(limits, found, bench.times([one.call for one in found]), strict=True):
         yield row(bench, "highest", f'max, precision "{name}"', one, times)
@@ -486,7 +486,19 @@ def against_rivals(bench: Bench) -> Iterator[Row]:
         times, *of_others = bench.times([call, *(other.call for other in others)])
         best, of_best = min(zip(others, of_others, strict=True), key=lambda pair: statistics.median(pair[1]))
         faster = ratio(of_best, times)
+        # Triton's kernels are the package's own.
+        foreign = min(
+            (
+                (statistics.median(of_other), other.name)
+                for other, of_other in zip(others, of_others, strict=True)
+                if other.name != "triton"
+            ),
+            default=None,
+        )
         claims = [at_least(faster, limit, "x the best rival"), Claim("", f"best {best.name}", True)]
+        if foreign and foreign[1] != best.name:
+            times_as_fast = foreign[0] / statistics.median(times)
+            claims.append(Claim("", f"{times_as_fast:.4g} x {foreign[1]}, best of the others", True))
         more = {
             "ratio": _significant(faster),
             "rival": best.name,

@@ -7,9 +7,10 @@ Features of 256 channels, 256 x 512 pixels against as many (131072), in float16 
 nothing else is said. What is compared is timed in turn, in the same rounds, and medians are held against each
 other. Rates are 2 C N M FLOP over the median, backward of softmax 4 C N M more for each gradient.
 
-products: torch.mm of two matrices of 8192 x 8192, into an output that is there: the rate of cuBLAS.
-dense: max with the index at 700 TFLOP/s and at 0.88 of products; softmax at 620; topk of 8 at 500; also in
-bfloat16. Memory beyond inputs and outputs: packed operands, (N + M) C 2 bytes, and 64 MiB.
+products: torch.mm of two matrices of 8192 x 8192, into an output that is there: the rate of cuBLAS, in
+float16 and bfloat16.
+dense: max with the index at 700 TFLOP/s and at 0.88 of products in its dtype; softmax at 620; topk of 8 at
+500; also in bfloat16. Memory beyond inputs and outputs: packed operands, (N + M) C 2 bytes, and 64 MiB.
 highest: float32 features under either precision of products. No target.
 variants: the other forms of the sweep that the library has, beside the usual one, as a multiple of its time.
 screened: CISC_CROSS_SCREEN=1, at 1100 TFLOP/s in effect, faster than dense, with the very same result.
@@ -19,9 +20,9 @@ linear: 64 x 64, 128 x 128 and 256 x 256 pixels against as many, in at most 1.1 
 pixels that the full size takes.
 small: batches of 16 at the crops of the published runs, at 0.6 of the rate of the full size.
 backward: value and gradients. No target.
-rivals: max 1.15 times, softmax and topk 1.3 times as fast as the best of what else runs here: Triton, PyTorch
-in chunks of the best size, attention, and the libraries that are installed; `rivals_left_out` has the reasons
-of the others.
+rivals: max 1.15 times, softmax and topk 1.3 times as fast as the best of what else runs here: the package's
+own Triton kernels, PyTorch in chunks of the best size, attention, and the libraries that are installed;
+`rivals_left_out` has the reasons of the others.
 
 Times are of replayed CUDA graphs, each from a flushed cache: the GPU's own; among rivals, some of which wait
 for the GPU, of calls as they come. Every result is compared with float64 for some pixels first, gradients at
@@ -33,6 +34,7 @@ at small sizes, on the CPU too, and judges nothing but results.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import sys
 import time
@@ -71,14 +73,21 @@ def fastest(rows: Sequence[Row]) -> dict[str, str]:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    summary = (__doc__ or "").partition("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.sweeps", description=summary)
+    summary, _, rest = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.sweeps",
+        description=summary,
+        epilog=rest.partition("\n\n")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas (default: all)")
     parser.add_argument("--labels", type=Path, metavar="DIR", help="folder of PNG masks of real scenes")
     parser.add_argument("--stop-after", type=float, metavar="SECONDS", help="begin nothing after that")
     parser.add_argument("--json", type=Path, help="result file (default: in benchmarks/results)")
     parser.add_argument("--quick", action="store_true", help="small sizes, to try it out; judges no time")
     flags = parser.parse_args(arguments)
+    if flags.quick and flags.json is None:
+        parser.error("--quick: needs --json, as its result is none to keep")
     flags.only = flags.only.split(",")
     if unknown := [name for name in flags.only if name not in PARTS]:
         parser.error(f"--only: must be of {', '.join(PARTS)}, got {', '.join(map(repr, unknown))}")
@@ -101,11 +110,13 @@ def run(bench: Bench, names: Sequence[str], result: dict[str, Any], path: Path) 
                 print(f"{name}: {row['what']}, {row['dtype']}: {row['time_ms']:g} ms{shown}", flush=True)
         except LeftOutError as error:
             result["left_out"].append({"part": name, "reason": str(error)})
-        except RuntimeError as error:  # of a GPU also that its memory is spent; the next parts may go
+        except Exception as error:  # of a GPU also that its memory is spent; the next parts may go
             reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:300]}"
             result["failed"].append({"part": name, "reason": reason})
+            write_json(path, result)
         if bench.device == "cuda":
-            torch.cuda.empty_cache()
+            with contextlib.suppress(RuntimeError):  # after some errors a GPU answers nothing any more
+                torch.cuda.empty_cache()
         result["seconds"][name] = round(time.monotonic() - start, 1)
         result["fastest"] = fastest(result["rows"])
         write_json(path, result)
@@ -134,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         **{"left_out": [], "failed": [], "seconds": {}, "fastest": {}, "rows": []},
     }
     path = flags.json or machine.ROOT / "benchmarks/results/sweeps_cuda.json"
-    until = time.monotonic() + flags.stop_after if flags.stop_after else math.inf
+    until = time.monotonic() + flags.stop_after if flags.stop_after is not None else math.inf
     bench = Bench(device, flags.quick, QUICK if flags.quick else FULL, labels, until)
     run(bench, flags.only, result, path)
     print(aligned("sweeps_cuda", result["rows"]))

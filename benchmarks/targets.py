@@ -369,6 +369,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--ghz", type=float, help=f"clock of the floors (default: the GPU's, or {GHZ})")
     parser.add_argument("--quick", action="store_true", help="small sizes, to try it out; judges nothing")
     flags = parser.parse_args(arguments)
+    if flags.quick and flags.json is None:
+        parser.error("--quick: needs --json, as its result is none to keep")
     if not torch.cuda.is_available():
         print("error: these targets are of an NVIDIA GPU, torch sees none", file=sys.stderr)
         return 1

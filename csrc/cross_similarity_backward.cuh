@@ -48,6 +48,7 @@ struct Kernel {
   const float* similarity;  // [B,S,h,w] of "softmax"
   const float* log_totals;  // [B,S,h,w] of "softmax"
   float steepness, inverse_temperature;
+  bool of_shared_bins;  // the plain kernel meets images alone whose labels share a bin
 
   // Place of a query pixel in a tensor [B,S,h,w].
   __device__ int64_t place(int64_t b, int64_t slot, int64_t pixel) const {

@@ -127,12 +127,11 @@ class ToMeans {
 // Gradient of "softmax" by tensor cores, of the images whose sides are packed.
 class ToPacked {
  public:
-  // Whether the library has code of them for this GPU. Wide labels may share a bin, so that pixels of a class
-  // are none of its range alone.
+  // Whether the library has code of them for this GPU. Where labels share a bin, pixels of a class are none
+  // of its range alone: the plain kernel then makes those images' gradients anew.
   static bool serves(const Gpu& gpu, const Inputs& in) {
 #if defined(CISC_HAS_SM90) || defined(CISC_SIMT)
-    return in.settings.reduction == Reduction::softmax && gpu.capability() == 90 && in.guide_pixels() > 0 &&
-           !wide_labels(in);
+    return in.settings.reduction == Reduction::softmax && gpu.capability() == 90 && in.guide_pixels() > 0;
 #else
     return false;
 #endif
@@ -202,19 +201,20 @@ std::tuple<Tensor, Tensor> cuda_backward(const Tensor& grad, const Tensor& simil
   p.query_pixels = in.query_pixels();
   if (max || topk) p.winners = static_cast<const int64_t*>((max ? index : saved).const_data_ptr());
   p.k = topk ? in.winners() : 1;
-  const bool packs = ToPacked::serves(gpu, in);
+  const bool packs = ToPacked::serves(gpu, in), plain = !packs || wide_labels(in);
   std::optional<Results> again;
-  if (softmax && !packs && by_sweep(gpu, in)) {
+  if (softmax && plain && by_sweep(gpu, in)) {
     // The slopes of a small temperature magnify what two cosines of a pair differ by.
     again = Results::of(in, false);
-    softmax_by_plain(gpu, in, again->similarity, again->saved);
+    softmax_by_plain(gpu, in, packs, again->similarity, again->saved);
   }
-  if (softmax) {
-    p.similarity = static_cast<const float*>((again ? again->similarity : similarity).const_data_ptr());
-    p.log_totals = static_cast<const float*>((again ? again->saved : saved).const_data_ptr());
-  }
+  const auto set_values = [&](const Tensor& values, const Tensor& log_totals) {
+    p.similarity = static_cast<const float*>(values.const_data_ptr());
+    p.log_totals = static_cast<const float*>(log_totals.const_data_ptr());
+  };
   p.steepness = settings.steepness();
   p.inverse_temperature = static_cast<float>(1.0 / settings.temperature);
+  p.of_shared_bins = packs;
   const auto packing = packs ? std::optional<Packing>(Packing::of(in, true)) : std::nullopt;
   Pairs pairs(gpu, in, packing);
   std::optional<ToPacked> to_packed;
@@ -227,7 +227,10 @@ std::tuple<Tensor, Tensor> cuda_backward(const Tensor& grad, const Tensor& simil
   if (settings.reduction == Reduction::mean && MeanTables::serve(in)) to_means.emplace(gpu, in);
   const auto pair_gradient = [&](bool to_query) {
     if (to_means) return to_means->run(p, to_query);
-    if (to_packed) return to_packed->run(p, pairs, to_query);
+    if (softmax) set_values(similarity, saved);
+    if (to_packed) to_packed->run(p, pairs, to_query);
+    if (!plain) return;
+    if (again) set_values(again->similarity, again->saved);
     const int64_t blocks = p.images * ceil_div(p.held.pixels, kTile) * ceil_div(p.held.channels, kTile);
     const auto kernel = softmax
                             ? to_query ? pair_gradient_kernel<true, true> : pair_gradient_kernel<true, false>

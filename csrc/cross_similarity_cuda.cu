@@ -22,15 +22,19 @@ constexpr int kRows = 8, kRowsDepth = 16, kRowsThreads = 128;  // of a block tha
 
 static_assert(kRows * kRowsDepth == kRowsThreads, "a thread brings one number");
 
+// What the plain kernel compares: all; or where labels are no bytes and share a bin, those alone, as a sweep
+// on tensor cores has met the rest, or all of their images.
+enum class Compared { all, shared_bin, images_of_shared_bin };
+
 struct Kernel {
   Side query, guide;
   SlotClasses classes;
+  Compared compared;
   Schedule schedule;  // of the images whose sides are ready
   int64_t first_unit, units;
   float steepness;
   int64_t k;
   bool indexed, shared_winners;
-  bool others;        // only labels that share a bin, as a sweep on tensor cores has met the rest
   State* states;      // [units,splits,64]
   int64_t* winners;   // [units,splits,64,k] where shared_winners
   float* similarity;  // [B,S,h,w]
@@ -38,8 +42,11 @@ struct Kernel {
   int64_t* saved;     // [B,S,h,w,k] of "topk"
   float* log_totals;  // [B,S,h,w] of "softmax"
 
-  // Whether a bin's pixels are compared.
-  __device__ bool meets(int32_t bin) const { return !others || bin == kBins - 1; }
+  // Whether pixels of a slot's class are compared, or in own-label mode any of the image.
+  __device__ bool meets(int64_t b, int64_t wanted) const {
+    if (compared == Compared::images_of_shared_bin) return meets_shared_bin(query, guide, classes, b);
+    return compared == Compared::all || classes.own || class_sort::bin_of(wanted) == kBins - 1;
+  }
 
   // Place of a pixel in a tensor [B,S,h,w].
   __device__ int64_t place(int64_t b, int64_t slot, int64_t pixel) const {
@@ -56,12 +63,13 @@ __global__ void __launch_bounds__(kThreads, 2) compare_kernel(Kernel p) {
   const int64_t unit = blockIdx.x / p.schedule.splits;
   const class_sort::Job job = p.schedule.job(p.first_unit + unit, blockIdx.x % p.schedule.splits);
   const int64_t b = p.query.first + job.image, wanted = p.classes.own ? 0 : p.classes.at(b, job.slot);
-  if (!p.classes.own && !p.meets(class_sort::bin_of(wanted))) return;
+  if (!p.meets(b, wanted)) return;
   const int row = static_cast<int>(threadIdx.x) % kTile, part = static_cast<int>(threadIdx.x) / kTile;
   if (part == 0) {
     const int64_t position = job.tile * kTile + row;
     // Positions of the last bin come last.
-    const bool among = !p.others || !p.classes.own || position >= p.query.starts_of(b)[kBins - 1];
+    const bool among =
+        p.compared != Compared::shared_bin || !p.classes.own || position >= p.query.starts_of(b)[kBins - 1];
     tile.held.set(p.query, b, row, among && position < p.query.count(b) ? position : -1, !p.classes.own,
                   wanted);
   }
@@ -164,7 +172,7 @@ __global__ void __launch_bounds__(kCombineThreads) combine_kernel(Kernel p) {
   const class_sort::Job job = p.schedule.job(p.first_unit + unit, 0);
   const int64_t b = p.query.first + job.image, position = job.tile * kTile + row;
   if (position >= p.query.count(b)) return;
-  if (!p.classes.own && !p.meets(class_sort::bin_of(p.classes.at(b, job.slot)))) return;
+  if (!p.meets(b, p.classes.own ? 0 : p.classes.at(b, job.slot))) return;
   const int64_t place = p.place(b, job.slot, p.query.pixel_at(b, position));
   State state = State::none();
   float value = 0.0f;
@@ -466,8 +474,7 @@ void run_means(const Gpu& gpu, Pairs& pairs, const Inputs& in, float* similarity
 }
 
 // The plain kernel.
-// others: only labels that share a bin
-void run_plain(const Gpu& gpu, Pairs& pairs, const Inputs& in, bool others, bool indexed,
+void run_plain(const Gpu& gpu, Pairs& pairs, const Inputs& in, Compared compared, bool indexed,
                // outputs
                Tensor& similarity, Tensor& index, Tensor& saved) {
   const Settings& settings = in.settings;
@@ -479,7 +486,7 @@ void run_plain(const Gpu& gpu, Pairs& pairs, const Inputs& in, bool others, bool
   p.steepness = settings.steepness();
   p.k = in.winners();
   p.indexed = indexed;
-  p.others = others;
+  p.compared = compared;
   p.shared_winners = topk && p.k <= kSharedWinners;
   if (topk && !p.shared_winners) p.schedule.splits = 1;  // the winners' own memory serves one block
   p.similarity = data_of<float>(similarity);
@@ -502,12 +509,13 @@ void run_plain(const Gpu& gpu, Pairs& pairs, const Inputs& in, bool others, bool
 
 }  // namespace
 
-void softmax_by_plain(const Gpu& gpu, const Inputs& in,
+void softmax_by_plain(const Gpu& gpu, const Inputs& in, bool of_shared_bins,
                       // outputs
                       Tensor& similarity, Tensor& log_totals) {
   Tensor index = device_empty(in.query, {0}, ScalarType::Long);
   Pairs pairs(gpu, in);
-  run_plain(gpu, pairs, in, false, false, similarity, index, log_totals);
+  run_plain(gpu, pairs, in, of_shared_bins ? Compared::images_of_shared_bin : Compared::all, false,
+            similarity, index, log_totals);
 }
 
 bool by_sweep(const Gpu& gpu, const Inputs& in) {
@@ -562,7 +570,10 @@ std::tuple<Tensor, Tensor, Tensor> cuda_forward(const Tensor& query, const Tenso
       if (other) other->run(pairs, images, finish);
     });
   }
-  if (!sweeps || wide_labels(in)) run_plain(gpu, pairs, in, sweeps, indexed, similarity, index, saved);
+  if (!sweeps || wide_labels(in)) {
+    run_plain(gpu, pairs, in, sweeps ? Compared::shared_bin : Compared::all, indexed, similarity, index,
+              saved);
+  }
   if (means) run_means(gpu, pairs, in, data_of<float>(similarity));
   if (classes) spoil(gpu, *classes, similarity);
   return {similarity, index, saved};

@@ -111,6 +111,20 @@ __device__ __forceinline__ float Side::unit(int64_t b, int64_t pixel, int64_t ch
                  scale[place], rest[place], low[place]);
 }
 
+// Whether pixels of an image are compared whose labels are no bytes, so that their bin has others, too.
+__device__ inline bool meets_shared_bin(const Side& query, const Side& guide, const SlotClasses& classes,
+                                        int64_t b) {
+  const auto has_any = [&](const Side& side) {
+    const int32_t* starts = side.starts_of(b) + kBins - 1;
+    return starts[0] < starts[1];
+  };
+  if (classes.own) return has_any(query) && has_any(guide);
+  for (int64_t slot = 0; slot < classes.slots; ++slot) {
+    if (classes.at(b, slot) >= kBins - 1) return true;
+  }
+  return false;
+}
+
 }  // namespace on_gpu
 
 using namespace on_gpu;

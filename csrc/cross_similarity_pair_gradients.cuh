@@ -90,6 +90,10 @@ __global__ void __launch_bounds__(kThreads, 2) pair_gradient_kernel(Kernel p) {
   const int64_t slices = ceil_div(p.held.channels, kTile), tiles = ceil_div(p.held.pixels, kTile);
   const int64_t first_channel = blockIdx.x % slices * kTile, number = blockIdx.x / slices;
   const int64_t b = p.held.first + number / tiles;
+  if (softmax && p.of_shared_bins) {
+    const Side &query = to_query ? p.held : p.streamed, &guide = to_query ? p.streamed : p.held;
+    if (!meets_shared_bin(query, guide, p.classes, b)) return;
+  }
   const int row = static_cast<int>(threadIdx.x) % kTile, part = static_cast<int>(threadIdx.x) / kTile;
   const bool own = !softmax || p.classes.own;  // "mean" of classes has its own kernels
   if (part == 0) {

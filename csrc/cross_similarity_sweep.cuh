@@ -164,7 +164,8 @@ bool by_sweep(const Gpu& gpu, const Inputs& in);
 
 // "softmax" by the plain kernel, for a backward of it that goes with such a forward: of cosines in the same
 // bits. outputs, filled as for nothing that is compared: similarity and log_totals, [B,S,h,w] float32
-void softmax_by_plain(const Gpu& gpu, const Inputs& in,
+// of_shared_bins: only of images that meets_shared_bin
+void softmax_by_plain(const Gpu& gpu, const Inputs& in, bool of_shared_bins,
                       // outputs
                       Tensor& similarity, Tensor& log_totals);
 

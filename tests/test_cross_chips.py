@@ -279,6 +279,32 @@ def test_gradients_of_own_labels(device: str, chip: int, dtype: torch.dtype, lab
 
 
 @on_chips
+@pytest.mark.parametrize("own", [False, True])
+def test_gradients_where_labels_are_no_bytes(device: str, chip: int, own: bool) -> None:
+    """Only images that compare such are met by the plain kernel: the other's gradients have the bits that
+    labels of bytes give."""
+    inputs = images((2, 72, 13, 17, 19, 15), 4, torch.bfloat16, seed=12) | {"reduction": "softmax"}
+    inputs["classes"] = None
+    if not own:
+        del inputs["query_labels"]
+        inputs["classes"] = torch.tensor([[0, 2, 1], [1, 3, -1]])
+    labels = [name for name in ("query_labels", "guide_labels") if name in inputs]
+    of_bytes = judge(inputs, device, BOTH)
+    wide = inputs | {name: inputs[name].to(torch.int64) for name in labels}
+    of_words = judge(wide, device, BOTH)
+    for name, value in of_bytes.items():
+        assert torch.equal(value, of_words[name])
+    for name in labels:
+        first = wide[name][0]
+        wide[name][0] = torch.where(first == 2, 1000, torch.where(first == 3, -3, first))
+    if not own:
+        wide["classes"] = torch.tensor([[0, 1000, 1], [1, 3, -1]])
+    of_others = judge(wide, device, BOTH)
+    for name, value in of_bytes.items():
+        assert torch.equal(value[1], of_others[name][1])
+
+
+@on_chips
 @pytest.mark.parametrize("channels", [256, 320, 600])
 @pytest.mark.parametrize(
     "dtypes", [(torch.float32,) * 2, (torch.float16,) * 2, (torch.bfloat16, torch.float32)]

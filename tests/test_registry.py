@@ -142,6 +142,7 @@ def test_cost_counts_what_labels_leave() -> None:
 
 HOPPER, AMPERE, TURING, VOLTA = (9, 0), (8, 0), (7, 5), (7, 0)
 ALL = frozenset(registry.OPERATORS)
+FASTER = frozenset((name, HOPPER) for name in ALL)
 NO_LIBRARY, NO_TRITON = "_ops.so was not built", "Triton is not installed"
 SLOWER, TESTS_ONLY = "was not measured to be faster than Triton's", "its interpreter is there for tests"
 
@@ -150,11 +151,18 @@ CHOICES: dict[str, tuple[Found, str, tuple[int, int] | None, str, dict[str, str]
     "GPU, nothing but Triton": (Found(NO_LIBRARY, ""), "cuda", HOPPER, "triton", {"cpp": NO_LIBRARY}),
     "GPU, library without CUDA": (Found("", ""), "cuda", AMPERE, "triton", {"cpp": "no CUDA kernel"}),
     "GPU, CUDA measured to be faster": (
-        Found("", "", cuda_kernels=ALL, cuda_faster=ALL),
+        Found("", "", cuda_kernels=ALL, cuda_faster=FASTER),
         "cuda",
         HOPPER,
         "cpp",
         {},
+    ),
+    "GPU, CUDA measured on another": (
+        Found("", "", cuda_kernels=ALL, cuda_faster=FASTER),
+        "cuda",
+        AMPERE,
+        "triton",
+        {"cpp": SLOWER},
     ),
     "GPU, CUDA not measured to be faster": (
         Found("", "", cuda_kernels=ALL),
@@ -268,7 +276,7 @@ def test_an_operators_obstacles_are_those_of_this_machine(name: str, monkeypatch
 def test_triton_by_name(name: str) -> None:
     """Reservations do not count where it is asked for."""
     for found, device, chip in (
-        (Found("", "", cuda_kernels=ALL, cuda_faster=ALL), "cuda", HOPPER),
+        (Found("", "", cuda_kernels=ALL, cuda_faster=FASTER), "cuda", HOPPER),
         (Found("", "", interpreted=True), "cpu", None),
     ):
         assert decide(name, "triton", Call(device, (torch.float32,), chip, found))[0].name == "triton"
@@ -301,12 +309,14 @@ def test_choices_of_a_machine_that_is_not_here() -> None:
     assert only_triton == [
         f"{name}: triton (not cpp: {NO_LIBRARY}, {without_cuda.format(name)})" for name in sorted(ALL)
     ]
-    some = Found("", "", cuda_kernels=ALL, cuda_faster=frozenset({"cross_similarity"}))
+    some = Found("", "", cuda_kernels=ALL, cuda_faster=_implementations.HERE.cuda_faster)
     lines = dict(line.split(": ", 1) for line in registry.choices("cuda", found=some, chip=HOPPER))
     assert lines.pop("cross_similarity") == "cpp"
     assert set(lines.values()) == {
-        "triton (not cpp: its CUDA kernel was not measured to be faster than Triton's)"
+        "triton (not cpp: its CUDA kernel was not measured to be faster than Triton's on such a GPU)"
     }
+    older = dict(line.split(": ", 1) for line in registry.choices("cuda", found=some, chip=AMPERE))
+    assert older["cross_similarity"].startswith("triton")
     old = registry.choices("cuda", found=Found(NO_LIBRARY, ""), chip=TURING)
     assert all(": reference (not cpp: " in line and "; not triton: Triton needs" in line for line in old)
 

@@ -24,8 +24,8 @@ OLDEST_CAPABILITY = (8, 0)
 OLDEST_CUDA = (7, 5)
 """The same of the CUDA kernels."""
 
-_CUDA_FASTER: frozenset[str] = frozenset()
-"""Operators whose CUDA kernel was measured to be faster than Triton's, by `benchmarks.kernels`."""
+_CUDA_FASTER = frozenset({("cross_similarity", (9, 0))})
+"""Operators whose CUDA kernels were measured to be faster than Triton's, and on which chips."""
 
 Reasons = Callable[[Call], list[str]]
 
@@ -121,13 +121,14 @@ def cpp_obstacles(name: str) -> Reasons:
 
 
 def cpp_reservations(name: str) -> Reasons:
-    """Why "auto" passes over a CUDA kernel: Triton can serve the call and was not measured to be slower."""
+    """Why "auto" passes over a CUDA kernel: Triton can serve the call and was not measured to be slower on
+    such a GPU."""
 
     def reservations(call: Call) -> list[str]:
         found = call.found or HERE
-        if call.device != "cuda" or name in found.cuda_faster or triton_obstacles(call):
+        if call.device != "cuda" or (name, call.capability) in found.cuda_faster or triton_obstacles(call):
             return []
-        return ["its CUDA kernel was not measured to be faster than Triton's"]
+        return ["its CUDA kernel was not measured to be faster than Triton's on such a GPU"]
 
     return reservations
 

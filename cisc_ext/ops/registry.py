@@ -45,8 +45,9 @@ class Found:
     """Whether Triton runs on the CPU, in its interpreter (TRITON_INTERPRET=1)."""
     cuda_kernels: frozenset[str] = frozenset()
     """Operators for which the library has CUDA kernels."""
-    cuda_faster: frozenset[str] = frozenset()
-    """Those whose CUDA kernel was measured to be faster than Triton's."""
+    cuda_faster: frozenset[tuple[str, tuple[int, int] | None]] = frozenset()
+    """Those whose CUDA kernels were measured to be faster than Triton's, each with the compute capability of
+    the GPU."""
 
 
 @dataclass(frozen=True)
