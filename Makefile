@@ -53,6 +53,8 @@ test: $(BUILT)  ## all tests, in JOBS processes; then those of the CUDA kernels,
 	CISC_SIMT_CHIP=75 CISC_SIMT_ORDER=reverse $(PY) -m pytest -n $(JOBS) -q -rfE \
 	    -k "cpp and (test_implementation or golden or test_cross)" \
 	    tests/test_ops.py tests/test_golden.py tests/test_cross_similarity.py
+	CISC_SIMT_ORDER=reverse CISC_SIMT_ASYNC=mixed $(PY) -m pytest -n $(JOBS) -q -rfE \
+	    -k "simulated-90 and gradients and not long_rows" tests/test_cross_chips.py
 
 soak: $(BUILT)  ## 100 000 random calls of the operators under AddressSanitizer and UBSan, 800 of the CUDA kernels on the CPU
 	@$(PY) tests/fuzz.py --cases 100000 --json "$(OUT)/soak.json"

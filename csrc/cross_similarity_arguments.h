@@ -41,8 +41,9 @@ struct Settings {
   double eps;
   bool rounded;  // unit vectors of float32 may be rounded to float16
 
-  // log2(e) / temperature, finite for the smallest temperature too, where the best cosine takes all.
-  float steepness() const { return static_cast<float>(std::min(1.0 / (kLn2 * temperature), 1e37)); }
+  // log2(e) / temperature: finite for the smallest, where the best cosine takes all; for the largest, where
+  // all weights are 1, such that what stands for no cosine keeps a weight of 0.
+  float steepness() const { return static_cast<float>(std::clamp(1.0 / (kLn2 * temperature), 1e-12, 1e37)); }
 };
 
 inline Reduction reduction_of(const char* op, const std::string& name) {
@@ -102,8 +103,9 @@ inline void check_inputs(const Inputs& in, Place place) {
   }
   if (in.query_labels) check_pair_labels(op, "query_labels", *in.query_labels, in.query, place);
   check(in.settings.k > 0, op, "k must be at least 1, got ", in.settings.k);
-  check(in.settings.temperature >= std::numeric_limits<float>::min(), op,
-        "temperature must be at least 1.17549e-38, got ", in.settings.temperature);
+  const double temperature = in.settings.temperature;
+  check(temperature >= std::numeric_limits<float>::min() && temperature <= std::numeric_limits<float>::max(),
+        op, "temperature must be from 1.17549e-38 to 3.40282e+38, got ", temperature);
   check(in.settings.eps > 0.0, op, "eps must be above 0, got ", in.settings.eps);
 }
 

@@ -131,7 +131,8 @@ class ToPacked {
   // of its range alone: the plain kernel then makes those images' gradients anew.
   static bool serves(const Gpu& gpu, const Inputs& in) {
 #if defined(CISC_HAS_SM90) || defined(CISC_SIMT)
-    return in.settings.reduction == Reduction::softmax && gpu.capability() == 90 && in.guide_pixels() > 0;
+    return in.settings.reduction == Reduction::softmax && gpu.capability() == 90 && in.query_pixels() > 0 &&
+           in.guide_pixels() > 0;
 #else
     return false;
 #endif
@@ -140,14 +141,15 @@ class ToPacked {
   ToPacked(const Gpu& gpu, const Inputs& in, const Packing& packing)
       : gpu_(gpu),
         packing_(packing),
-        largest_(device_empty(in.query, {in.batch() * kGradientParts}, ScalarType::Float)) {}
+        exponents_(device_empty(in.query, {in.batch() * ceil_div(in.guide_pixels(), kBackwardRows)},
+                                ScalarType::Int)) {}
 
   void run(const Kernel& p, const Pairs& pairs, bool to_query) {
     const Rows &held = to_query ? pairs.query_rows() : pairs.guide_rows(),
                &streamed = to_query ? pairs.guide_rows() : pairs.query_rows();
     [[maybe_unused]] const BackwardSweep sweep{
-        p,          to_query,       packing_.matrix(),       packing_.shape, held.data, streamed.data,
-        held.scale, streamed.scale, data_of<float>(largest_)};
+        p,          to_query,       packing_.matrix(),           packing_.shape, held.data, streamed.data,
+        held.scale, streamed.scale, data_of<int32_t>(exponents_)};
 #if defined(CISC_HAS_SM90) || defined(CISC_SIMT)
     backward_sm90(gpu_, sweep);
 #endif
@@ -156,7 +158,7 @@ class ToPacked {
  private:
   const Gpu& gpu_;
   Packing packing_;
-  Tensor largest_;
+  Tensor exponents_;
 };
 
 // grad: [B,S,h,w] float32, any strides
@@ -250,7 +252,7 @@ std::tuple<Tensor, Tensor> cuda_backward(const Tensor& grad, const Tensor& simil
         gpu.launch(gather_winners_kernel, blocks, kThreads, 0, p);
       } else {
         // Ignored pixels meet no tile.
-        if (p.classes.own || max || topk) clear(gpu, p, false);
+        if ((p.classes.own && !to_means) || max || topk) clear(gpu, p, false);
         if (!max && !topk) pair_gradient(true);
       }
       if (classes) clear(gpu, p, true);

@@ -8,7 +8,8 @@
 namespace cisc::cross_similarity::sm90 {
 namespace {
 
-constexpr int kHeldRows = kGroups * 64, kStreamedRows = 64;  // of a block, of a tile
+constexpr int kHeldRows = kBackwardRows, kStreamedRows = 64;  // of a block, of a tile
+static_assert(kHeldRows == kGroups * 64, "a group's product has 64 rows");
 constexpr int kHeldBytes = kHeldRows * kChunkBytes,
               kStreamedBytes = kStreamedRows * kChunkBytes;  // of a chunk
 constexpr int kMostBackwardStages = 24, kColumnStages = 4;
@@ -32,8 +33,8 @@ struct alignas(16) Column {
 struct BackwardBarriers {
   Barrier full[kMostBackwardStages], empty[kMostBackwardStages];
   Barrier columns_full[kColumnStages], columns_empty[kColumnStages], held_full;
-  int32_t exponent;              // of the image's incoming gradient
-  int32_t exponents[kHeldRows];  // slopes of the query's gradient are relative to 2 to the power of those
+  int32_t exponent;              // of a block's slopes: they are relative to 2 to the power of it
+  int32_t exponents[kHeldRows];  // of a row's
 };
 
 // Behind all tiles a block's sums lie in shared memory, a row of `pitch` for each pixel.

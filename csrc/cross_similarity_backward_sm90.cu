@@ -29,8 +29,6 @@ void run_sweep(const Gpu& gpu, const BackwardSweep& sweep) {
 
 void backward_sm90(const Gpu& gpu, const BackwardSweep& sweep) {
   if (sweep.to_query) return run_sweep<true>(gpu, sweep);
-  gpu.launch(largest_gradient_kernel, sweep.kernel.images * kGradientParts, kWarpGroup, 0, sweep.kernel,
-             sweep.largest);
   run_sweep<false>(gpu, sweep);
 }
 

@@ -22,25 +22,27 @@ __device__ __forceinline__ float finite_magnitude(float value) {
   return magnitude < kInfinity ? magnitude : 0.0f;
 }
 
-// A block finds the largest of a part of an image's incoming gradient.
+// A block has a tile of the guide, and finds the largest incoming gradient that it meets.
 __global__ void __launch_bounds__(kWarpGroup)
-    largest_gradient_kernel(Kernel p,
-                            // outputs
-                            float* largest /* [images,kGradientParts] */) {
+    exponents_kernel(const __grid_constant__ BackwardParameters parameters) {
   CISC_SHARED(of_thread, float[kWarpGroup]);
-  const int64_t image = blockIdx.x / kGradientParts, part = blockIdx.x % kGradientParts;
+  const Kernel& p = parameters.sweep.kernel;
+  const auto item = BackwardItem::of(parameters);
+  const int64_t b = p.held.first + item.image;
   float most = 0.0f;
-  for (int64_t slot = 0; slot < p.slots; ++slot) {
-    for (int64_t pixel = part * kWarpGroup + threadIdx.x; pixel < p.query_pixels;
-         pixel += kGradientParts * kWarpGroup) {
-      most = ::fmaxf(most, finite_magnitude(p.grad.at(p.held.first + image, slot, pixel)));
+  Parts parts(p, item, false);
+  Part part;
+  while (parts.next(&part)) {
+#pragma unroll 4
+    for (int32_t at = part.begin + static_cast<int32_t>(threadIdx.x); at < part.end; at += kWarpGroup) {
+      most = ::fmaxf(most, finite_magnitude(p.grad.at(b, part.slot, p.streamed.pixel_at(b, at))));
     }
   }
   of_thread[threadIdx.x] = most;
   __syncthreads();
   if (threadIdx.x != 0) return;
   for (int i = 1; i < kWarpGroup; ++i) most = ::fmaxf(most, of_thread[i]);
-  largest[blockIdx.x] = most;
+  parameters.sweep.exponents[blockIdx.x] = exponent_above(most);
 }
 
 #ifdef CISC_HOPPER
@@ -332,11 +334,12 @@ class HeldGroup {
     int32_t exponent = barriers_->exponent;
     if (inside(half)) {
       row.scale = parameters_.sweep.held_scale[item_.image * p.held.pixels + position(half)];
-      if constexpr (to_query) {
+      if constexpr (to_query && type == Matrix::f16) {
         const int64_t pixel = p.held.pixel_at(image(), position(half));
         float most = 0.0f;
         for (int64_t slot = 0; slot < p.slots; ++slot) {
-          most = ::fmaxf(most, finite_magnitude(p.grad.at(image(), slot, pixel)));
+          const bool compared = p.log_totals[p.place(image(), slot, pixel)] != -kInfinity;
+          if (compared) most = ::fmaxf(most, finite_magnitude(p.grad.at(image(), slot, pixel)));
         }
         exponent = exponent_above(most);
       }
@@ -568,14 +571,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     barrier_set(&barriers->held_full, 1);
     barriers_set();
   }
-  if (!to_query && thread < kWarp) {
-    const float* largest = parameters.sweep.largest + item.image * kGradientParts;
-    float most = 0.0f;
-    for (int i = thread; i < kGradientParts; i += kWarp) most = ::fmaxf(most, largest[i]);
-    for (int bits = 1; bits < kWarp; bits *= 2) most = ::fmaxf(most, __shfl_xor_sync(kAll, most, bits));
-    if (thread == 0) barriers->exponent = exponent_above(most);
+  if (thread == 0) {
+    barriers->exponent =
+        !to_query && type == Matrix::f16
+            ? parameters.sweep.exponents[static_cast<int32_t>(blockIdx.x) / parameters.slices]
+            : kSlopeBits;
   }
-  if (to_query && thread == 0) barriers->exponent = 0;
   __syncthreads();
   if (group == kGroups) {
     keep_registers<kGathersRegisters>();
@@ -597,14 +598,16 @@ template <bool to_query, Matrix type, bool split, int kSlice>
 void launch_backward(const Gpu& gpu, const BackwardSweep& sweep) {
   const Kernel& p = sweep.kernel;
   const auto layout = BackwardLayout<kSlice>::of(sweep.shape);
-  const BackwardParameters parameters{
+  BackwardParameters parameters{
       tensor_map(gpu, type, sweep.held_rows, p.images * p.held.pixels, sweep.shape.width(), kHeldRows),
       tensor_map(gpu, type, sweep.streamed_rows, p.images * p.streamed.pixels, sweep.shape.width(),
                  kStreamedRows),
-      sweep, static_cast<int32_t>(ceil_div(p.held.pixels, kHeldRows)),
-      static_cast<int32_t>(ceil_div(sweep.shape.chunks, kSlice))};
-  gpu.launch(backward_kernel<to_query, type, split, kSlice>, p.images * parameters.tiles * parameters.slices,
-             kThreads, layout.bytes(), parameters);
+      sweep, static_cast<int32_t>(ceil_div(p.held.pixels, kHeldRows)), 1};
+  const int64_t tiles = p.images * parameters.tiles;
+  if (!to_query && type == Matrix::f16) gpu.launch(exponents_kernel, tiles, kWarpGroup, 0, parameters);
+  parameters.slices = static_cast<int32_t>(ceil_div(sweep.shape.chunks, kSlice));
+  gpu.launch(backward_kernel<to_query, type, split, kSlice>, tiles * parameters.slices, kThreads,
+             layout.bytes(), parameters);
 }
 
 }  // namespace

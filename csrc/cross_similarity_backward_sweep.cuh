@@ -8,7 +8,7 @@
 
 namespace cisc::cross_similarity {
 
-constexpr int kGradientParts = 64;  // of an image's incoming gradient, whose largest are found apart
+constexpr int kBackwardRows = 128;  // of the side that the gradient goes to, that a block has
 
 // Of the images whose sides are packed, without NaN: it is in the scales.
 struct BackwardSweep {
@@ -18,7 +18,8 @@ struct BackwardSweep {
   RowShape shape;
   const uint16_t *held_rows, *streamed_rows;  // [images,pixels,width]
   const float *held_scale, *streamed_scale;   // [images,pixels]: times which a row is a unit vector
-  float* largest;  // [images,kGradientParts], workspace of the guide's gradient, which need not be filled
+  // [images, tiles of kBackwardRows pixels], workspace of the guide's gradient, which need not be filled
+  int32_t* exponents;
 };
 
 void backward_sm90(const Gpu& gpu, const BackwardSweep& sweep);

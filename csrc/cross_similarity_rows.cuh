@@ -22,8 +22,8 @@ constexpr int kPackBlocks = 5;
 // One side, packed. Workspace holds the images from `Side::first` on.
 struct Rows {
   uint16_t* data;  // [images,pixels,width]
-  float*
-      scale;  // [images,pixels], and kScalePad more: times which a row is a unit vector; 1 where that is none
+  // [images,pixels], and kScalePad more: times which a row is a unit vector; 2^-8 at most
+  float* scale;
 };
 
 // What stays in shared memory of a block's features.
@@ -91,7 +91,7 @@ struct Scaling {
 
 // Features, to rows. A block has 64 positions of a side, and reads them once, or what it cannot keep twice.
 // Vectors that are not finite become NaN, those without length 0.
-// kept: chunks; finite: what is not becomes 0 and its scale NaN, and so do rows behind the last position
+// kept: chunks; finite: what is not becomes 0 and its scale NaN, and rows behind the last position become 0
 template <typename Element>
 __global__ void __launch_bounds__(kThreads, sizeof(Element) == 2 ? kPackBlocks : 4)
     pack_kernel(Side side, Form form, RowShape shape, int32_t kept, bool finite, double eps,
@@ -167,10 +167,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(Element) == 2 ? kPackBlocks :
       side.rest[place + pixel] = length.rest;
       side.low[place + pixel] = length.low;
       const double exact = ::ldexp(1.0 / length.norm, -exponent);
-      rows.scale[place + position] = finite && !length.finite ? kNan
-                                     : !length.exists         ? 1.0f
-                                     : form == Form::exact    ? static_cast<float>(exact)
-                                                              : 1.0f / kUnit;
+      rows.scale[place + position] = finite && !length.finite               ? kNan
+                                     : length.exists && form == Form::exact ? static_cast<float>(exact)
+                                                                            : 1.0f / kUnit;
     }
   }
   __syncthreads();

@@ -321,7 +321,7 @@ def test_gradients_of_long_rows(
 
 
 @on_chips
-@pytest.mark.parametrize("temperature", [1e-30, 1e-3, 0.02, 100])
+@pytest.mark.parametrize("temperature", [1e-30, 1e-3, 0.02, 100, 1e25, 3.4e38])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_gradients_of_temperatures(device: str, chip: int, dtype: torch.dtype, temperature: float) -> None:
     """Weights that one cosine takes, and such as are all alike; vectors of many lengths."""
@@ -347,3 +347,79 @@ def test_gradients_beside_what_is_not_finite(device: str, chip: int, dtype: torc
     judge(inputs | {"classes": None}, device, BOTH)
     del inputs["query_labels"]
     judge(inputs | {"classes": torch.tensor([[1, 0, 1]])}, device, BOTH)
+
+
+@on_chips
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("members", [1, 2, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gradients_beside_vectors_without_length(
+    device: str, chip: int, dtype: torch.dtype, members: int, own: bool
+) -> None:
+    """In classes so small that one pixel has much of the weight."""
+    inputs = images((2, 32, 3, 3, 1, members + 4), 1, dtype, seed=13) | {"reduction": "softmax"}
+    inputs["query"][0, :, 1, 1] = 0
+    inputs["guide"][1, :, 0, 0] = 0
+    inputs["guide_labels"] = (torch.arange(members + 4) >= members).to(torch.uint8).expand(2, 1, -1)
+    inputs["query_labels"] = torch.zeros(2, 3, 3, dtype=torch.uint8)
+    inputs["classes"] = None
+    if not own:
+        del inputs["query_labels"]
+        inputs["classes"] = torch.zeros(2, 1, dtype=torch.int64)
+    judge(inputs, device, BOTH)
+
+
+def gradients(inputs: dict[str, Any], incoming: Tensor, impl: str, device: str) -> dict[str, Tensor]:
+    """Of both images, by an incoming gradient, in float64."""
+    placed = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
+    leaves = {name: placed[name].clone().requires_grad_() for name in BOTH}
+    value = ops.cross_similarity(**{**placed, **leaves, "return_index": False}, impl=impl)
+    found = torch.autograd.grad(value, list(leaves.values()), incoming.to(value))
+    return {name: grad.double().cpu() for name, grad in zip(BOTH, found, strict=True)}
+
+
+@on_chips
+@pytest.mark.parametrize("reduction", REDUCTIONS[:3])
+@pytest.mark.parametrize("empty", BOTH)
+def test_gradients_of_empty_images(device: str, chip: int, empty: str, reduction: str) -> None:
+    inputs = images((2, 12, 3, 4, 5, 4), 2, torch.bfloat16, seed=14) | {"reduction": reduction}
+    del inputs["query_labels"]
+    inputs["classes"] = torch.tensor([[0, 1], [1, 1]])
+    inputs[empty] = inputs[empty][:, :, :0]
+    got = gradients(inputs, torch.ones(2, 2, *inputs["query"].shape[2:]), "cpp", device)
+    assert all(got[name].shape == inputs[name].shape and not got[name].any() for name in BOTH)
+
+
+@on_chips
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gradients_of_unlike_sizes(device: str, chip: int, dtype: torch.dtype, own: bool) -> None:
+    """Of a class whose incoming gradients are far below another's, and where what is compared with nothing
+    has larger ones than all."""
+    inputs = images((1, 24, 16, 17, 24, 41), 1, dtype, seed=15) | {"reduction": "softmax", "temperature": 1}
+    inputs["guide_labels"] = (torch.arange(24 * 41).view(1, 24, 41) >= 384).to(torch.uint8)
+    small, large = 1.0, 2.0**16
+    incoming = torch.randn(1, 1, 16, 17, generator=torch.Generator().manual_seed(16))
+    if own:
+        rows = torch.arange(16)[:, None].expand(16, 17)
+        inputs["query_labels"] = torch.where(rows < 7, 0, torch.where(rows < 14, 1, 255)).to(torch.uint8)[
+            None
+        ]
+        incoming = incoming * torch.where(rows < 7, small, torch.where(rows < 14, large, 1e13))
+        inputs["classes"] = None
+    else:
+        del inputs["query_labels"]
+        inputs["classes"] = torch.tensor([[0, -1, 1, 5]])
+        incoming = incoming * torch.tensor([small, 1e13, large, 1e13])[None, :, None, None]
+    got = gradients(inputs, incoming, "cpp", device)
+    wide = inputs | {name: inputs[name].double() for name in BOTH}
+    want = gradients(wide, incoming.double(), "reference", "cpu")
+    of_class = {"guide": inputs["guide_labels"][0]}
+    if own:
+        of_class["query"] = inputs["query_labels"][0]
+    limit = 1e-6 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+    for name in BOTH:
+        for label in (0, 1):
+            those = (slice(None), of_class[name] == label) if name in of_class else ...
+            off = (got[name][0][those] - want[name][0][those]).abs().max()
+            assert off <= limit * want[name][0][those].abs().max()

@@ -114,6 +114,7 @@ WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [
         ValueError,
         "temperature must be at least 1.17549e-38",
     ),
+    ("cross_similarity", {"temperature": 1e39}, ValueError, "temperature must be at most 3.40282e"),
     ("cross_similarity", {"temperature": None}, TypeError, "temperature must be a number"),
     ("cross_similarity", {"ignore_index": 2.5}, TypeError, "ignore_index must be an int"),
     ("cross_similarity", {"eps": 0}, ValueError, "eps must be above 0"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 
@@ -53,12 +54,16 @@ def choice(op: str, name: str, value: str, allowed: Sequence[str]) -> None:
         raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
-def number(op: str, name: str, value: float, *, least: float, strict: bool = False) -> None:
-    """Require a real number of at least `least`, or above it where `strict`."""
+def number(
+    op: str, name: str, value: float, *, least: float, strict: bool = False, most: float = math.inf
+) -> None:
+    """Require a real number of at least `least`, or above it where `strict`, and of at most `most`."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
     if not (value > least if strict else value >= least):
         raise ValueError(f"{op}: {name} must be {'above' if strict else 'at least'} {least:g}, got {value}")
+    if not value <= most:
+        raise ValueError(f"{op}: {name} must be at most {most:g}, got {value}")
 
 
 def whole(op: str, name: str, value: int | torch.SymInt, *, least: int | None = None) -> None:

@@ -20,8 +20,8 @@ from ._workloads import CHANNELS, CROPS, IMAGES, regions
 from .registry import Cost, Operator, Sample, Workload, choose, register
 
 _NAME = "cross_similarity"
-_COLDEST = torch.finfo(torch.float32).tiny
-"""Smallest temperature: a cosine divided by a smaller one is infinite."""
+_COLDEST, _HOTTEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+"""Temperatures between which a cosine divided by one is finite, and one is a float32."""
 
 
 def cross_similarity(
@@ -105,7 +105,7 @@ def cross_similarity(
         checks.same_device(_NAME, "query_labels", query_labels, "query", query)
     checks.choice(_NAME, "reduction", reduction, REDUCTIONS)
     checks.whole(_NAME, "k", k, least=1)
-    checks.number(_NAME, "temperature", temperature, least=_COLDEST)
+    checks.number(_NAME, "temperature", temperature, least=_COLDEST, most=_HOTTEST)
     checks.whole(_NAME, "ignore_index", ignore_index)
     checks.number(_NAME, "eps", eps, least=0.0, strict=True)
     run = choose(_NAME, impl, query, guide)
