@@ -19,14 +19,6 @@
 #define CISC_HOPPER 1  // this pass of the compiler makes code of sm_90a
 #endif
 
-// Of a kernel: its blocks run in clusters of so many. Chips before sm_90 have none, and their passes refuse
-// the attribute.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-#define CISC_CLUSTERS(blocks)
-#else
-#define CISC_CLUSTERS(blocks) __cluster_dims__(blocks, 1, 1)
-#endif
-
 namespace cisc {
 
 enum class Matrix { f16, bf16, s8 };  // elements of tiles
@@ -81,16 +73,6 @@ __device__ __forceinline__ void load_matrices(const void* shared_row,
                                               // outputs
                                               uint32_t (&to)[4]) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "r"(shared_address(shared_row))
-               : "memory");
-}
-
-// Each of them transposed.
-__device__ __forceinline__ void load_matrices_transposed(const void* shared_row,
-                                                         // outputs
-                                                         uint32_t (&to)[4]) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                : "r"(shared_address(shared_row))
                : "memory");

@@ -34,7 +34,7 @@ uint32_t shared_address(const void* shared);
 void warp_multiply(Elements type, const uint32_t* a, const uint32_t* b,
                    // outputs
                    float* sums);
-void load_matrices(const void* row, bool transposed,
+void load_matrices(const void* row,
                    // outputs
                    uint32_t* to);
 void copy_16(const void* from, bool inside,
@@ -69,7 +69,7 @@ struct Product {
   Elements type;
   int columns;
   bool transposed, adds;
-  const uint32_t* registers;  // the first factor, or none
+  const uint32_t* registers;  // the first factor, of 16 bits each, or none
   uint64_t a, b;              // descriptors
 };
 

@@ -360,7 +360,7 @@ std::vector<Range> reads_of(uint64_t descriptor, int rows, bool transposed) {
 // The bits of the first factor [64,depth].
 void first_factor(const Asked& asked, const unsigned char* memory, std::vector<uint32_t>& a) {
   const bool bytes = asked.product.type == Elements::s8;
-  const int depth = depth_of(asked.product.type), each = bytes ? 4 : 2, size = 4 / each;
+  const int depth = depth_of(asked.product.type), size = bytes ? 1 : 2;
   a.resize(static_cast<size_t>(kRows * depth));
   if (asked.product.registers == nullptr) {
     const Described tile(asked.product.a);
@@ -374,16 +374,14 @@ void first_factor(const Asked& asked, const unsigned char* memory, std::vector<u
     }
     return;
   }
-  // Register r of a lane has 4 bytes of row lane / 4, or of 8 rows below if r is odd, from byte
-  // lane % 4 * 4 on, or 16 bytes further on from r = 2.
+  // Register r of a lane has two numbers of row lane / 4, or of 8 rows below if r is odd, from number
+  // lane % 4 * 2 on, or 8 further on from r = 2.
   for (int t = 0; t < kGroup; ++t) {
     for (int r = 0; r < 4; ++r) {
-      const int row = t / kWarp * 16 + t % kWarp / 4 + (r & 1) * 8, byte = t % 4 * 4 + (r >> 1) * 16;
+      const int row = t / kWarp * 16 + t % kWarp / 4 + (r & 1) * 8, k = t % 4 * 2 + (r >> 1) * 8;
       const uint32_t value = asked.registers[static_cast<size_t>(t)][r];
-      for (int i = 0; i < each; ++i) {
-        a[static_cast<size_t>(row * depth + byte / size + i)] =
-            value >> (8 * size * i) & (bytes ? 255 : 65535);
-      }
+      a[static_cast<size_t>(row * depth + k)] = value & 0xffff;
+      a[static_cast<size_t>(row * depth + k + 1)] = value >> 16;
     }
   }
 }
@@ -623,7 +621,7 @@ void warp_multiply(Elements type, const uint32_t* a, const uint32_t* b, float* s
   std::copy(all.sums[lane], all.sums[lane] + 4, sums);
 }
 
-void load_matrices(const void* row, bool transposed, uint32_t* to) {
+void load_matrices(const void* row, uint32_t* to) {
   want_chip(75);
   if (reinterpret_cast<uintptr_t>(row) % 16 != 0) stop("a matrix's row is not at a multiple of 16 bytes");
   if (!is_shared(row, 16)) stop("a matrix's row is not in shared memory");
@@ -640,9 +638,7 @@ void load_matrices(const void* row, bool transposed, uint32_t* to) {
       }
       for (int t = 0; t < kWarp; ++t) {
         const int i = t / 4, j = t % 4 * 2;
-        const uint32_t low = transposed ? matrix[j][i] : matrix[i][j];
-        const uint32_t high = transposed ? matrix[j + 1][i] : matrix[i][j + 1];
-        all.loaded[t][number] = low | high << 16;
+        all.loaded[t][number] = matrix[i][j] | uint32_t{matrix[i][j + 1]} << 16;
       }
     }
     all.done = true;
