@@ -431,6 +431,7 @@ void check_truncated() {
 void run(const std::string& what, const std::string& broken) {
   if (what == "tiles") {
     check_tile<Matrix::f16, false, 32>();
+    check_tile<Matrix::f16, true, 32>();
     check_tile<Matrix::f16, true, 64>();
     check_tile<Matrix::f16, false, 128>();
     check_tile<Matrix::bf16, true, 32>();
