@@ -150,7 +150,8 @@ __device__ __forceinline__ void barrier_wait(Barrier* barrier, uint32_t parity) 
       : "memory");
 }
 
-// A tile of the map's box from (column, row) on, swizzled; its bytes arrive at the barrier.
+// A tile of the map's box from (column, row) on, swizzled; its bytes arrive at the barrier. Threads must not
+// have written where it goes, nor to what products read: that takes fence.proxy.async, which is not here.
 __device__ __forceinline__ void copy_tile(const TensorMap* map, int32_t column, int32_t row, Barrier* barrier,
                                           // outputs
                                           void* shared) {
@@ -171,11 +172,6 @@ __device__ __forceinline__ void copy_tile_to(uint16_t ranks, const TensorMap* ma
       "[%0], [%1, {%4, %5}], [%2], %3;" ::"r"(shared_address(shared)),
       "l"(map), "r"(shared_address(barrier)), "h"(ranks), "r"(column), "r"(row)
       : "memory");
-}
-
-// What this thread has written to shared memory becomes known to products, once a barrier has followed.
-__device__ __forceinline__ void shared_written() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 __device__ __forceinline__ void prefetch_map(const TensorMap* map) {

@@ -340,12 +340,38 @@ void check_pipeline(const std::string& broken) {
 
 // --- single instructions ---
 
-// The first factor in registers, which stay as they are until the products are done.
-__global__ void registers(const std::string& broken, float* to) {
+// The first factor in registers, which stay as they are until the products are done; the second one as a copy
+// has brought it.
+__global__ void registers(const __grid_constant__ TensorMap map, const uint16_t* halves,
+                          const std::string& broken, float* to) {
   CISC_DYNAMIC_SHARED(memory);
-  auto* const halves = reinterpret_cast<uint16_t*>(memory);
-  for (int i = threadIdx.x; i < 64 * 64; i += kWarpGroup) halves[i] = Float16::narrow(1.0f).bits;
-  if (broken != "not_told") shared_written();
+  auto* const barrier = reinterpret_cast<Barrier*>(memory + 64 * kChunkBytes);
+  const auto write = [&] { memory[threadIdx.x * 64 + 37] = 7; };
+  const bool one = threadIdx.x == 77;
+  if (threadIdx.x == 0) {
+    barrier_set(barrier, 1);
+    barriers_set();
+  }
+  if (broken == "written_before" && one) write();
+  __syncthreads();
+  if (threadIdx.x == 0 && broken != "written" && broken != "copied_by_threads") {
+    barrier_expect(barrier, 64 * kChunkBytes);
+    copy_tile(&map, 0, 0, barrier, memory);
+  }
+  if (broken == "written_on_its_way" && one) write();
+  if (broken == "written") {
+    for (int i = threadIdx.x; i < 64 * 64; i += kWarpGroup) {
+      reinterpret_cast<uint16_t*>(memory)[i] = halves[i];
+    }
+  } else if (broken == "copied_by_threads") {
+    for (int i = threadIdx.x * 8; i < 64 * 64; i += kWarpGroup * 8) copy_16(halves + i, true, memory + 2 * i);
+    copies_commit();
+    copies_wait<0>();
+  } else {
+    barrier_wait(barrier, 0);
+  }
+  if (broken == "written_by_all") write();
+  if (broken == "written_by_one" && one) write();
   __syncthreads();
   const uint32_t ones = 0x3c003c00;
   uint32_t a[4] = {ones, ones, ones, ones};
@@ -354,13 +380,16 @@ __global__ void registers(const std::string& broken, float* to) {
   multiply_64<Matrix::f16, false>(sums, a, fragments::descriptor(shared_address(memory)), false);
   products_commit();
   if (broken == "factor_changed") a[1] = 0;
+  if (broken == "written_behind") write();
   products_wait<0>();
   for (int i = 0; i < 32; ++i) to[threadIdx.x * 32 + i] = sums[i];
 }
 
 void check_registers(const std::string& broken) {
+  const Elements ones(Matrix::f16, Numbers(64 * 64, 1));
+  const TensorMap map = simt::tile_map(simt::Elements::f16, ones.data(), 64, 64, 64);
   std::vector<float> to(128 * 32);
-  simt::launch(1, 128, 64 * kChunkBytes, [&] { registers(broken, to.data()); });
+  simt::launch(1, 128, 64 * kChunkBytes + 8, [&] { registers(map, ones.data(), broken, to.data()); });
   compare(to, Numbers(128 * 32, 16));
 }
 

@@ -121,13 +121,7 @@ std::vector<std::array<Meeting, 16>> meetings;
 std::vector<std::array<Lanes, 2>> lanes;
 std::vector<int> spare_registers;  // of each block
 
-// Shared memory as copies and products know it, and whether threads have told of what they have written
-// since.
-struct Known {
-  std::vector<unsigned char> bytes;
-  bool behind = false;
-};
-std::vector<Known> known;  // of each block
+std::vector<std::vector<unsigned char>> brought;  // of each block: shared memory as copies have left it
 
 void want_chip(int least) {
   if (chip_now < least) stop("the chip " + std::to_string(chip_now) + " does not have this instruction");
@@ -145,6 +139,15 @@ Range range_of(const void* shared, int64_t bytes) {
   const int64_t first = static_cast<const unsigned char*>(shared) - dynamic_shared();
   if (first < 0 || first + bytes > dynamic_bytes()) stop("not in the shared memory that the launch asks for");
   return {block_rank(), first, first + bytes};
+}
+
+// Found by bytes: what was there already may be written again.
+void check_brought(const Range& range, const char* who) {
+  const unsigned char* const memory = dynamic_shared(range.rank);
+  const auto& bytes = brought[static_cast<size_t>(range.rank)];
+  if (!std::equal(memory + range.first, memory + range.end, bytes.begin() + range.first)) {
+    stop(std::string(who) + " where threads have written");
+  }
 }
 
 // --- barriers ---
@@ -209,7 +212,10 @@ uint64_t* barrier_at(uint64_t* barrier, int rank) {
 // to 9.
 int64_t swizzled(int64_t address) { return address ^ ((address >> 7 & 7) << 4); }
 
+void check_place(const TileCopy& copy) { check_brought(copy.to, "a copy goes to"); }
+
 void carry_out(const TileCopy& copy) {
+  check_place(copy);
   const TileMap& map = copy.map;
   unsigned char* const memory = dynamic_shared(copy.to.rank);
   const int columns = kRowBytes / map.element_bytes;
@@ -231,8 +237,8 @@ void carry_out(const TileCopy& copy) {
       std::memcpy(memory + swizzled(address) - kSharedStart, row + chunk, 16);
     }
   }
-  unsigned char* const bytes = known[static_cast<size_t>(copy.to.rank)].bytes.data();
-  std::copy(memory + copy.to.first, memory + copy.to.end, bytes + copy.to.first);
+  std::copy(memory + copy.to.first, memory + copy.to.end,
+            brought[static_cast<size_t>(copy.to.rank)].begin() + copy.to.first);
   auto* const barrier = reinterpret_cast<uint64_t*>(memory + copy.barrier);
   State state = state_of(barrier);
   state.bytes -= copy.to.end - copy.to.first;
@@ -424,25 +430,13 @@ Kept& kept_of(int thread, const uint32_t* sums) {
   return all.emplace_back();
 }
 
-void check_known(const std::vector<Range>& reads) {
-  for (const Range& range : reads) {
-    const unsigned char* const memory = dynamic_shared(range.rank);
-    Known& here = known[static_cast<size_t>(range.rank)];
-    if (here.behind) here.bytes.assign(memory, memory + dynamic_bytes());
-    here.behind = false;
-    if (!std::equal(memory + range.first, memory + range.end, here.bytes.data() + range.first)) {
-      stop("shared_written is missing: products do not know of what threads have written");
-    }
-  }
-}
-
 void carry_out(int group, const Asked& asked) {
   static std::vector<uint32_t> a, b, sums;
   static std::vector<double> first, second, exact;
   const Product& product = asked.product;
   const int first_thread = group * kGroup, columns = product.columns, depth = depth_of(product.type);
   const unsigned char* const memory = dynamic_shared(first_thread / block_threads());
-  check_known(asked.reads);
+  for (const Range& range : asked.reads) check_brought(range, "a product reads");
   first_factor(asked, memory, a);
   second_factor(product, memory, b);
   sums.assign(static_cast<size_t>(kRows * columns), 0);
@@ -529,11 +523,8 @@ void start() {
   lanes.resize(blocks * threads / kWarp);
   const int each = std::min(kRegisters / block_threads() / 8 * 8, 248);
   for (WarpGroup& group : groups) group.registers = each;
-  known.resize(blocks);
-  for (Known& one : known) {
-    one.bytes.assign(static_cast<size_t>(dynamic_bytes()), 0xff);
-    one.behind = false;
-  }
+  brought.resize(blocks);
+  for (auto& bytes : brought) bytes.assign(static_cast<size_t>(dynamic_bytes()), 0xff);
   // A group gets what another one has let go, no more: a block has the registers of its launch.
   spare_registers.assign(blocks, 0);
 }
@@ -747,8 +738,11 @@ void copy_tile(uint32_t ranks, const TileMap* map, int64_t column, int64_t row, 
       }
     }
     if (mode.late_copies) {
+      check_place(copy);
       tiles.push_back(copy);
       std::fill(dynamic_shared(rank) + own.first, dynamic_shared(rank) + own.end, 0xff);
+      auto& bytes = brought[static_cast<size_t>(rank)];
+      std::fill(bytes.begin() + own.first, bytes.begin() + own.end, 0xff);
     } else {
       carry_out(copy);
     }
@@ -833,11 +827,6 @@ void meet(int number, int threads, bool waits) {
     meeting.who = {};
   }
   if (waits) wait_until(met);
-}
-
-void shared_written() {
-  want_chip(90);
-  known[static_cast<size_t>(block_rank())].behind = true;
 }
 
 void products_begin() {

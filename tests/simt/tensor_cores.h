@@ -66,8 +66,6 @@ inline void copy_tile_to(uint16_t ranks, const TensorMap* map, int32_t column, i
   simt::copy_tile(ranks, map, column, row, barrier, shared);
 }
 
-inline void shared_written() { simt::shared_written(); }
-
 inline void prefetch_map(const TensorMap* map) { simt::check_map(map); }
 
 inline uint32_t cluster_rank() { return static_cast<uint32_t>(simt::block_rank()); }
