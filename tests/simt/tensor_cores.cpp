@@ -1,4 +1,13 @@
 // What asynchronous.h declares.
+//
+// What it and simt.cpp grant, and hardware does not:
+// - one thread runs at a time, and all see at once what it writes, in shared and global memory: no fence, no
+//   cache that is behind;
+// - blocks that are not of one cluster run one after the other;
+// - float products and their sum with what is there are made in float64 and truncated to float32 once an
+//   instruction; a GPU aligns the terms first, and cuts off bits of each;
+// - dynamic shared memory starts at a multiple of 1024 bytes; a GPU warrants 16;
+// - the compiler moves nothing across an instruction that is not done: `hold` does nothing.
 
 #include "asynchronous.h"
 
