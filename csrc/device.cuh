@@ -276,7 +276,7 @@ class Gpu {
     launch_clusters(kernel, 1, blocks, threads, shared, arguments...);
   }
 
-  // The same of a kernel that declares clusters of `cluster` blocks: CISC_CLUSTERS of tensor_cores.cuh.
+  // The same of a kernel that declares clusters of `cluster` blocks by __cluster_dims__.
   template <typename... Parameters, typename... Arguments>
   void launch_clusters(void (*kernel)(Parameters...), [[maybe_unused]] int cluster, int64_t blocks,
                        int threads, int64_t shared, Arguments... arguments) const {

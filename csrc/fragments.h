@@ -9,7 +9,6 @@ namespace cisc {
 
 constexpr int kWarpGroup = 128;                 // threads that multiply together on sm_90a
 constexpr int kChunkBytes = 128;                // of a row, that lie together in a tile in shared memory
-constexpr int kChunkElements = 64;              // the same, of 16 bits
 constexpr int kSwizzleBytes = 8 * kChunkBytes;  // tiles start at multiples of it
 
 namespace fragments {

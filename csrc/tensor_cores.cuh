@@ -19,14 +19,6 @@
 #define CISC_HOPPER 1  // this pass of the compiler makes code of sm_90a
 #endif
 
-// Of a kernel: its blocks run in clusters of so many. Chips before sm_90 have none, and their passes refuse
-// the attribute.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-#define CISC_CLUSTERS(blocks)
-#else
-#define CISC_CLUSTERS(blocks) __cluster_dims__(blocks, 1, 1)
-#endif
-
 namespace cisc {
 
 enum class Matrix { f16, bf16, s8 };  // elements of tiles
@@ -81,16 +73,6 @@ __device__ __forceinline__ void load_matrices(const void* shared_row,
                                               // outputs
                                               uint32_t (&to)[4]) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "r"(shared_address(shared_row))
-               : "memory");
-}
-
-// Each of them transposed.
-__device__ __forceinline__ void load_matrices_transposed(const void* shared_row,
-                                                         // outputs
-                                                         uint32_t (&to)[4]) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                : "r"(shared_address(shared_row))
                : "memory");
@@ -168,7 +150,8 @@ __device__ __forceinline__ void barrier_wait(Barrier* barrier, uint32_t parity) 
       : "memory");
 }
 
-// A tile of the map's box from (column, row) on, swizzled; its bytes arrive at the barrier.
+// A tile of the map's box from (column, row) on, swizzled; its bytes arrive at the barrier. Threads must not
+// have written where it goes, nor to what products read: that takes fence.proxy.async, which is not here.
 __device__ __forceinline__ void copy_tile(const TensorMap* map, int32_t column, int32_t row, Barrier* barrier,
                                           // outputs
                                           void* shared) {
@@ -189,11 +172,6 @@ __device__ __forceinline__ void copy_tile_to(uint16_t ranks, const TensorMap* ma
       "[%0], [%1, {%4, %5}], [%2], %3;" ::"r"(shared_address(shared)),
       "l"(map), "r"(shared_address(barrier)), "h"(ranks), "r"(column), "r"(row)
       : "memory");
-}
-
-// What this thread has written to shared memory becomes known to products, once a barrier has followed.
-__device__ __forceinline__ void shared_written() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 __device__ __forceinline__ void prefetch_map(const TensorMap* map) {

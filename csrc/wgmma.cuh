@@ -152,15 +152,6 @@ __device__ __forceinline__ void multiply_64(float (&sums)[half], const uint32_t 
   }
 }
 
-template <int half>
-__device__ __forceinline__ void multiply_64(int32_t (&sums)[half], const uint32_t (&a)[4], uint64_t b,
-                                            bool adds) {
-  static_assert(half == 32 || half == 64 || half == 128, "what the instruction has");
-  if constexpr (half == 32) CISC_REGISTER_PRODUCTS_64("+r", "k32.s32.s8.s8", "");
-  if constexpr (half == 64) CISC_REGISTER_PRODUCTS_128("+r", "k32.s32.s8.s8", "");
-  if constexpr (half == 128) CISC_REGISTER_PRODUCTS_256("+r", "k32.s32.s8.s8", "");
-}
-
 #undef CISC_PRODUCTS
 #undef CISC_SUMS_8
 #undef CISC_SUMS_32

@@ -120,11 +120,7 @@ __global__ void one_tile(const __grid_constant__ Tile p) {
     const uint64_t first = fragments::descriptor(shared_address(memory + 32 * k));
     const bool adds = k > 0 || p.adds;
     if constexpr (type == Matrix::s8) {
-      if (p.from_registers) {
-        multiply_64(sums, rows[k], second, adds);
-      } else {
-        multiply_64(sums, first, second, adds);
-      }
+      multiply_64(sums, first, second, adds);
     } else {
       if (p.from_registers) {
         multiply_64<type, transposed>(sums, rows[k], second, adds);
@@ -147,6 +143,7 @@ void check_tile() {
   using T = std::conditional_t<type == Matrix::s8, int32_t, float>;
   constexpr int kColumns = 2 * half, kDepth = type == Matrix::s8 ? 128 : 64;
   for (int variant = 0; variant < 4; ++variant) {
+    if (type == Matrix::s8 && variant % 2 == 1) continue;  // registers are for 16 bits
     const Numbers a = numbers(64 * kDepth, 1 + variant), b = numbers(kColumns * kDepth, 9 + variant);
     const Elements left(type, a), right(type, b);
     std::vector<T> to(64 * kColumns);
@@ -202,8 +199,8 @@ void check_edges() {
 
 // --- a warp's products ---
 
-// to [16,16] = a [16,16] times b: [16,16] of rows of the sum, or of columns of it if transposed
-template <Matrix type, bool transposed, bool plain>
+// to [16,16] = a [16,16] times b, of which the rows [16,16] go along the sum
+template <Matrix type, bool plain>
 __global__ void warp_tile(const uint16_t* a, const uint16_t* b, const std::string& broken, float* to) {
   CISC_DYNAMIC_SHARED(memory);
   constexpr int kPitch = 48, kOffset = plain ? 0 : 64;  // bytes
@@ -222,11 +219,7 @@ __global__ void warp_tile(const uint16_t* a, const uint16_t* b, const std::strin
     first[i / 2] = i % 2 == 0 ? bits : first[i / 2] | bits << 16;
   }
   const int row = lane % 8, matrix = lane / 8;
-  if (transposed) {
-    load_matrices_transposed(place(matrix % 2 * 8 + row, matrix / 2 * 16), second);
-  } else {
-    load_matrices(place(matrix / 2 * 8 + row, matrix % 2 * 16), second);
-  }
+  load_matrices(place(matrix / 2 * 8 + row, matrix % 2 * 16), second);
   if (broken == "waits_after_reading") copies_wait<0>();
   float sums[2][4] = {};
   for (int j = 0; j < 2; ++j) {
@@ -237,20 +230,21 @@ __global__ void warp_tile(const uint16_t* a, const uint16_t* b, const std::strin
   }
 }
 
-template <Matrix type, bool transposed, bool plain>
+template <Matrix type, bool plain>
 void check_warp(const std::string& broken = "") {
   const Numbers a = numbers(256, 5), b = numbers(256, 6);
   const Elements left(type, a), right(type, b);
   std::vector<float> to(256);
   simt::launch(1, kWarp, 16 * kChunkBytes,
-               [&] { warp_tile<type, transposed, plain>(left.data(), right.data(), broken, to.data()); });
-  compare(to, product(a, b, 16, 16, 16, transposed));
+               [&] { warp_tile<type, plain>(left.data(), right.data(), broken, to.data()); });
+  compare(to, product(a, b, 16, 16, 16, false));
 }
 
 // --- a pipeline of two blocks ---
 
 constexpr int kStages = 3, kSteps = 8, kBlocks = 2, kGroups = 2, kColumns = 64;
-constexpr int kRows = kGroups * 64, kDepth = kSteps * kChunkElements;
+constexpr int kChunk = kChunkBytes / 2;  // numbers of 16 bits
+constexpr int kRows = kGroups * 64, kDepth = kSteps * kChunk;
 constexpr int kTileBytes = (kRows + kColumns) * kChunkBytes;
 constexpr int kPipelineShared = kStages * kTileBytes + 2 * kStages * 8;
 
@@ -260,7 +254,8 @@ struct Pipeline {
 };
 
 // Each block has rows of a, and brings half of the rows of b to both.
-__global__ void CISC_CLUSTERS(2) pipeline(const __grid_constant__ Pipeline p, const std::string& broken) {
+__global__ void __cluster_dims__(kBlocks, 1, 1)
+    pipeline(const __grid_constant__ Pipeline p, const std::string& broken) {
   CISC_DYNAMIC_SHARED(memory);
   auto* const full = reinterpret_cast<Barrier*>(memory + kStages * kTileBytes);
   Barrier* const empty = full + kStages;
@@ -287,8 +282,8 @@ __global__ void CISC_CLUSTERS(2) pipeline(const __grid_constant__ Pipeline p, co
         barrier_expect(full + stage, kTileBytes + more);
         if (broken == "arrives_twice") barrier_arrive(full + stage);
         const int row = static_cast<int>(blockIdx.x) * kRows, half = static_cast<int>(rank) * kColumns / 2;
-        copy_tile(&p.a, step * kChunkElements, row, full + stage, tile);
-        copy_tile_to(3, &p.b, step * kChunkElements, half, full + stage, tile + (kRows + half) * kChunkBytes);
+        copy_tile(&p.a, step * kChunk, row, full + stage, tile);
+        copy_tile_to(3, &p.b, step * kChunk, half, full + stage, tile + (kRows + half) * kChunkBytes);
       }
     }
   } else {
@@ -345,12 +340,38 @@ void check_pipeline(const std::string& broken) {
 
 // --- single instructions ---
 
-// The first factor in registers, which stay as they are until the products are done.
-__global__ void registers(const std::string& broken, float* to) {
+// The first factor in registers, which stay as they are until the products are done; the second one as a copy
+// has brought it.
+__global__ void registers(const __grid_constant__ TensorMap map, const uint16_t* halves,
+                          const std::string& broken, float* to) {
   CISC_DYNAMIC_SHARED(memory);
-  auto* const halves = reinterpret_cast<uint16_t*>(memory);
-  for (int i = threadIdx.x; i < 64 * 64; i += kWarpGroup) halves[i] = Float16::narrow(1.0f).bits;
-  if (broken != "not_told") shared_written();
+  auto* const barrier = reinterpret_cast<Barrier*>(memory + 64 * kChunkBytes);
+  const auto write = [&] { memory[threadIdx.x * 64 + 37] = 7; };
+  const bool one = threadIdx.x == 77;
+  if (threadIdx.x == 0) {
+    barrier_set(barrier, 1);
+    barriers_set();
+  }
+  if (broken == "written_before" && one) write();
+  __syncthreads();
+  if (threadIdx.x == 0 && broken != "written" && broken != "copied_by_threads") {
+    barrier_expect(barrier, 64 * kChunkBytes);
+    copy_tile(&map, 0, 0, barrier, memory);
+  }
+  if (broken == "written_on_its_way" && one) write();
+  if (broken == "written") {
+    for (int i = threadIdx.x; i < 64 * 64; i += kWarpGroup) {
+      reinterpret_cast<uint16_t*>(memory)[i] = halves[i];
+    }
+  } else if (broken == "copied_by_threads") {
+    for (int i = threadIdx.x * 8; i < 64 * 64; i += kWarpGroup * 8) copy_16(halves + i, true, memory + 2 * i);
+    copies_commit();
+    copies_wait<0>();
+  } else {
+    barrier_wait(barrier, 0);
+  }
+  if (broken == "written_by_all") write();
+  if (broken == "written_by_one" && one) write();
   __syncthreads();
   const uint32_t ones = 0x3c003c00;
   uint32_t a[4] = {ones, ones, ones, ones};
@@ -359,13 +380,16 @@ __global__ void registers(const std::string& broken, float* to) {
   multiply_64<Matrix::f16, false>(sums, a, fragments::descriptor(shared_address(memory)), false);
   products_commit();
   if (broken == "factor_changed") a[1] = 0;
+  if (broken == "written_behind") write();
   products_wait<0>();
   for (int i = 0; i < 32; ++i) to[threadIdx.x * 32 + i] = sums[i];
 }
 
 void check_registers(const std::string& broken) {
+  const Elements ones(Matrix::f16, Numbers(64 * 64, 1));
+  const TensorMap map = simt::tile_map(simt::Elements::f16, ones.data(), 64, 64, 64);
   std::vector<float> to(128 * 32);
-  simt::launch(1, 128, 64 * kChunkBytes, [&] { registers(broken, to.data()); });
+  simt::launch(1, 128, 64 * kChunkBytes + 8, [&] { registers(map, ones.data(), broken, to.data()); });
   compare(to, Numbers(128 * 32, 16));
 }
 
@@ -436,6 +460,7 @@ void check_truncated() {
 void run(const std::string& what, const std::string& broken) {
   if (what == "tiles") {
     check_tile<Matrix::f16, false, 32>();
+    check_tile<Matrix::f16, true, 32>();
     check_tile<Matrix::f16, true, 64>();
     check_tile<Matrix::f16, false, 128>();
     check_tile<Matrix::bf16, true, 32>();
@@ -446,13 +471,13 @@ void run(const std::string& what, const std::string& broken) {
     check_tile<Matrix::s8, false, 128>();
     check_edges();
   } else if (what == "warps") {
-    check_warp<Matrix::f16, false, false>();
-    check_warp<Matrix::f16, true, true>();
-    check_warp<Matrix::bf16, false, true>();
-    check_warp<Matrix::bf16, true, false>();
+    check_warp<Matrix::f16, false>();
+    check_warp<Matrix::f16, true>();
+    check_warp<Matrix::bf16, false>();
+    check_warp<Matrix::bf16, true>();
     check_truncated();
   } else if (what == "copies") {
-    check_warp<Matrix::f16, false, false>(broken);
+    check_warp<Matrix::f16, false>(broken);
   } else if (what == "pipeline") {
     check_pipeline(broken);
   } else if (what == "registers") {

@@ -54,7 +54,7 @@ STUCK = "its block cannot go on"
         ("copies", "too_few_copies_waited", "ends while its copies"),
         ("copies", "waits_after_reading", ""),
         ("registers", "factor_changed", ""),
-        ("registers", "not_told", "shared_written is missing"),
+        ("registers", "written_behind", "a product reads where threads have written"),
         ("handed", "no_meeting", "arrives twice at barrier 2"),
         ("handed", "no_meeting_back", "arrives twice at barrier 1"),
         ("handed", "never_back", "threads 64 to 95: barrier 2, where 32 of 96 threads are"),
@@ -87,6 +87,25 @@ def test_broken_kernels(program: Path, what: str, broken: str, message: str, ord
         assert any(part in found for part in message.split("|")), found
     else:
         assert int(found) > 0
+
+
+@pytest.mark.parametrize("time", TIMES)
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "written",
+        "copied_by_threads",
+        "written_by_all",
+        "written_by_one",
+        "written_before",
+        "written_on_its_way",
+    ],
+)
+def test_nothing_that_threads_write_is_multiplied(program: Path, broken: str, order: str, time: str) -> None:
+    """Products and copies know of it after a fence only, which no kernel has."""
+    found = run(program, "registers", broken, order=order, time=time)
+    assert "a product reads where threads" in found or "a copy goes to where threads" in found, found
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@
 // can go on without one, in any order; copies of 16 bytes and what products write when they are waited for),
 // early (all as soon as it is asked for) or mixed (copies early, products late). What is on its way is spoilt
 // meanwhile: a late copy's place in shared memory, the sums of late products. Wrong uses end the process, and
-// so do copies and products that would race, whichever comes first here.
+// so do copies and products that would race, whichever comes first here. There is no fence.proxy.async: where
+// a thread has changed a byte of shared memory, a product must not read, nor a copy of a tile go.
 //
 // Written from the description of the instructions (PTX ISA, chapters on mma, cp.async, mbarrier and wgmma),
 // not from what kernels compute addresses with, so that each checks the other.
@@ -34,7 +35,7 @@ uint32_t shared_address(const void* shared);
 void warp_multiply(Elements type, const uint32_t* a, const uint32_t* b,
                    // outputs
                    float* sums);
-void load_matrices(const void* row, bool transposed,
+void load_matrices(const void* row,
                    // outputs
                    uint32_t* to);
 void copy_16(const void* from, bool inside,
@@ -57,9 +58,6 @@ void copy_tile(uint32_t ranks, const TileMap* map, int64_t column, int64_t row, 
                void* shared);
 void check_map(const TileMap* map);
 
-// What threads of the block have written becomes known to products.
-void shared_written();
-
 void set_registers(int count, bool more);
 
 void meet(int number, int threads, bool waits);
@@ -69,7 +67,7 @@ struct Product {
   Elements type;
   int columns;
   bool transposed, adds;
-  const uint32_t* registers;  // the first factor, or none
+  const uint32_t* registers;  // the first factor, of 16 bits each, or none
   uint64_t a, b;              // descriptors
 };
 

@@ -1,4 +1,13 @@
 // What asynchronous.h declares.
+//
+// What it and simt.cpp grant, and hardware does not:
+// - one thread runs at a time, and all see at once what it writes, in shared and global memory: no fence, no
+//   cache that is behind;
+// - blocks that are not of one cluster run one after the other;
+// - float products and their sum with what is there are made in float64 and truncated to float32 once an
+//   instruction; a GPU aligns the terms first, and cuts off bits of each;
+// - dynamic shared memory starts at a multiple of 1024 bytes; a GPU warrants 16;
+// - the compiler moves nothing across an instruction that is not done: `hold` does nothing.
 
 #include "asynchronous.h"
 
@@ -121,13 +130,7 @@ std::vector<std::array<Meeting, 16>> meetings;
 std::vector<std::array<Lanes, 2>> lanes;
 std::vector<int> spare_registers;  // of each block
 
-// Shared memory as copies and products know it, and whether threads have told of what they have written
-// since.
-struct Known {
-  std::vector<unsigned char> bytes;
-  bool behind = false;
-};
-std::vector<Known> known;  // of each block
+std::vector<std::vector<unsigned char>> brought;  // of each block: shared memory as copies have left it
 
 void want_chip(int least) {
   if (chip_now < least) stop("the chip " + std::to_string(chip_now) + " does not have this instruction");
@@ -145,6 +148,15 @@ Range range_of(const void* shared, int64_t bytes) {
   const int64_t first = static_cast<const unsigned char*>(shared) - dynamic_shared();
   if (first < 0 || first + bytes > dynamic_bytes()) stop("not in the shared memory that the launch asks for");
   return {block_rank(), first, first + bytes};
+}
+
+// Found by bytes: what was there already may be written again.
+void check_brought(const Range& range, const char* who) {
+  const unsigned char* const memory = dynamic_shared(range.rank);
+  const auto& bytes = brought[static_cast<size_t>(range.rank)];
+  if (!std::equal(memory + range.first, memory + range.end, bytes.begin() + range.first)) {
+    stop(std::string(who) + " where threads have written");
+  }
 }
 
 // --- barriers ---
@@ -209,7 +221,10 @@ uint64_t* barrier_at(uint64_t* barrier, int rank) {
 // to 9.
 int64_t swizzled(int64_t address) { return address ^ ((address >> 7 & 7) << 4); }
 
+void check_place(const TileCopy& copy) { check_brought(copy.to, "a copy goes to"); }
+
 void carry_out(const TileCopy& copy) {
+  check_place(copy);
   const TileMap& map = copy.map;
   unsigned char* const memory = dynamic_shared(copy.to.rank);
   const int columns = kRowBytes / map.element_bytes;
@@ -231,8 +246,8 @@ void carry_out(const TileCopy& copy) {
       std::memcpy(memory + swizzled(address) - kSharedStart, row + chunk, 16);
     }
   }
-  unsigned char* const bytes = known[static_cast<size_t>(copy.to.rank)].bytes.data();
-  std::copy(memory + copy.to.first, memory + copy.to.end, bytes + copy.to.first);
+  std::copy(memory + copy.to.first, memory + copy.to.end,
+            brought[static_cast<size_t>(copy.to.rank)].begin() + copy.to.first);
   auto* const barrier = reinterpret_cast<uint64_t*>(memory + copy.barrier);
   State state = state_of(barrier);
   state.bytes -= copy.to.end - copy.to.first;
@@ -360,7 +375,7 @@ std::vector<Range> reads_of(uint64_t descriptor, int rows, bool transposed) {
 // The bits of the first factor [64,depth].
 void first_factor(const Asked& asked, const unsigned char* memory, std::vector<uint32_t>& a) {
   const bool bytes = asked.product.type == Elements::s8;
-  const int depth = depth_of(asked.product.type), each = bytes ? 4 : 2, size = 4 / each;
+  const int depth = depth_of(asked.product.type), size = bytes ? 1 : 2;
   a.resize(static_cast<size_t>(kRows * depth));
   if (asked.product.registers == nullptr) {
     const Described tile(asked.product.a);
@@ -374,16 +389,14 @@ void first_factor(const Asked& asked, const unsigned char* memory, std::vector<u
     }
     return;
   }
-  // Register r of a lane has 4 bytes of row lane / 4, or of 8 rows below if r is odd, from byte
-  // lane % 4 * 4 on, or 16 bytes further on from r = 2.
+  // Register r of a lane has two numbers of row lane / 4, or of 8 rows below if r is odd, from number
+  // lane % 4 * 2 on, or 8 further on from r = 2.
   for (int t = 0; t < kGroup; ++t) {
     for (int r = 0; r < 4; ++r) {
-      const int row = t / kWarp * 16 + t % kWarp / 4 + (r & 1) * 8, byte = t % 4 * 4 + (r >> 1) * 16;
+      const int row = t / kWarp * 16 + t % kWarp / 4 + (r & 1) * 8, k = t % 4 * 2 + (r >> 1) * 8;
       const uint32_t value = asked.registers[static_cast<size_t>(t)][r];
-      for (int i = 0; i < each; ++i) {
-        a[static_cast<size_t>(row * depth + byte / size + i)] =
-            value >> (8 * size * i) & (bytes ? 255 : 65535);
-      }
+      a[static_cast<size_t>(row * depth + k)] = value & 0xffff;
+      a[static_cast<size_t>(row * depth + k + 1)] = value >> 16;
     }
   }
 }
@@ -426,25 +439,13 @@ Kept& kept_of(int thread, const uint32_t* sums) {
   return all.emplace_back();
 }
 
-void check_known(const std::vector<Range>& reads) {
-  for (const Range& range : reads) {
-    const unsigned char* const memory = dynamic_shared(range.rank);
-    Known& here = known[static_cast<size_t>(range.rank)];
-    if (here.behind) here.bytes.assign(memory, memory + dynamic_bytes());
-    here.behind = false;
-    if (!std::equal(memory + range.first, memory + range.end, here.bytes.data() + range.first)) {
-      stop("shared_written is missing: products do not know of what threads have written");
-    }
-  }
-}
-
 void carry_out(int group, const Asked& asked) {
   static std::vector<uint32_t> a, b, sums;
   static std::vector<double> first, second, exact;
   const Product& product = asked.product;
   const int first_thread = group * kGroup, columns = product.columns, depth = depth_of(product.type);
   const unsigned char* const memory = dynamic_shared(first_thread / block_threads());
-  check_known(asked.reads);
+  for (const Range& range : asked.reads) check_brought(range, "a product reads");
   first_factor(asked, memory, a);
   second_factor(product, memory, b);
   sums.assign(static_cast<size_t>(kRows * columns), 0);
@@ -531,11 +532,8 @@ void start() {
   lanes.resize(blocks * threads / kWarp);
   const int each = std::min(kRegisters / block_threads() / 8 * 8, 248);
   for (WarpGroup& group : groups) group.registers = each;
-  known.resize(blocks);
-  for (Known& one : known) {
-    one.bytes.assign(static_cast<size_t>(dynamic_bytes()), 0xff);
-    one.behind = false;
-  }
+  brought.resize(blocks);
+  for (auto& bytes : brought) bytes.assign(static_cast<size_t>(dynamic_bytes()), 0xff);
   // A group gets what another one has let go, no more: a block has the registers of its launch.
   spare_registers.assign(blocks, 0);
 }
@@ -623,7 +621,7 @@ void warp_multiply(Elements type, const uint32_t* a, const uint32_t* b, float* s
   std::copy(all.sums[lane], all.sums[lane] + 4, sums);
 }
 
-void load_matrices(const void* row, bool transposed, uint32_t* to) {
+void load_matrices(const void* row, uint32_t* to) {
   want_chip(75);
   if (reinterpret_cast<uintptr_t>(row) % 16 != 0) stop("a matrix's row is not at a multiple of 16 bytes");
   if (!is_shared(row, 16)) stop("a matrix's row is not in shared memory");
@@ -640,9 +638,7 @@ void load_matrices(const void* row, bool transposed, uint32_t* to) {
       }
       for (int t = 0; t < kWarp; ++t) {
         const int i = t / 4, j = t % 4 * 2;
-        const uint32_t low = transposed ? matrix[j][i] : matrix[i][j];
-        const uint32_t high = transposed ? matrix[j + 1][i] : matrix[i][j + 1];
-        all.loaded[t][number] = low | high << 16;
+        all.loaded[t][number] = matrix[i][j] | uint32_t{matrix[i][j + 1]} << 16;
       }
     }
     all.done = true;
@@ -751,8 +747,11 @@ void copy_tile(uint32_t ranks, const TileMap* map, int64_t column, int64_t row, 
       }
     }
     if (mode.late_copies) {
+      check_place(copy);
       tiles.push_back(copy);
       std::fill(dynamic_shared(rank) + own.first, dynamic_shared(rank) + own.end, 0xff);
+      auto& bytes = brought[static_cast<size_t>(rank)];
+      std::fill(bytes.begin() + own.first, bytes.begin() + own.end, 0xff);
     } else {
       carry_out(copy);
     }
@@ -837,11 +836,6 @@ void meet(int number, int threads, bool waits) {
     meeting.who = {};
   }
   if (waits) wait_until(met);
-}
-
-void shared_written() {
-  want_chip(90);
-  known[static_cast<size_t>(block_rank())].behind = true;
 }
 
 void products_begin() {

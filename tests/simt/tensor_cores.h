@@ -27,13 +27,7 @@ void multiply_16x8(const uint32_t (&a)[4], const uint32_t (&b)[2],
 inline void load_matrices(const void* shared_row,
                           // outputs
                           uint32_t (&to)[4]) {
-  simt::load_matrices(shared_row, false, to);
-}
-
-inline void load_matrices_transposed(const void* shared_row,
-                                     // outputs
-                                     uint32_t (&to)[4]) {
-  simt::load_matrices(shared_row, true, to);
+  simt::load_matrices(shared_row, to);
 }
 
 inline void copy_16(const void* from, bool inside,
@@ -71,8 +65,6 @@ inline void copy_tile_to(uint16_t ranks, const TensorMap* map, int32_t column, i
                          void* shared) {
   simt::copy_tile(ranks, map, column, row, barrier, shared);
 }
-
-inline void shared_written() { simt::shared_written(); }
 
 inline void prefetch_map(const TensorMap* map) { simt::check_map(map); }
 
@@ -121,12 +113,6 @@ template <int half>
 void multiply_64(int32_t (&sums)[half], uint64_t a, uint64_t b, bool adds) {
   static_assert(half == 32 || half == 64 || half == 128, "what the instruction has");
   simt::multiply({simt::Elements::s8, 2 * half, false, adds, nullptr, a, b}, sums);
-}
-
-template <int half>
-void multiply_64(int32_t (&sums)[half], const uint32_t (&a)[4], uint64_t b, bool adds) {
-  static_assert(half == 32 || half == 64 || half == 128, "what the instruction has");
-  simt::multiply({simt::Elements::s8, 2 * half, false, adds, a, 0, b}, sums);
 }
 
 }  // namespace cisc
