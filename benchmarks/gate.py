@@ -148,7 +148,7 @@ def run_part(name: str, limit: int, out: Path, logs: Path, tested: bool, triton_
 
 
 def archive(folder: Path, path: Path) -> None:
-    """The files of a folder, compressed: of many files a borrowed machine may give back few."""
+    """The files of a folder, as one that is compressed."""
 
     def write(stream: BinaryIO) -> None:
         with tarfile.open(fileobj=stream, mode="w:gz") as tar:

@@ -54,7 +54,9 @@ def cross_similarity(
 
     Args:
         query: features, float32, bfloat16 or float16, any strides; float64 for the reference.
-        guide: features, of any of these dtypes.
+        guide: features, of any of these dtypes. On tensor cores float32 features, or a pair of unlike dtypes,
+            follow `torch.get_float32_matmul_precision()`: at "highest" products are as exact as float32's,
+            else of unit vectors rounded to float16, about 4e-5 of a cosine.
         guide_labels: class of each guide pixel, brought to h' x w' by "nearest-exact".
         classes: the classes to compare with. -1 gives zeros. Exactly one of this and `query_labels`.
         query_labels: "own-label" mode, S = 1: each query pixel is compared with guide pixels of its own

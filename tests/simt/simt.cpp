@@ -308,6 +308,9 @@ void launch(int64_t blocks, int threads, int64_t shared, const std::function<voi
   const std::string wanted = asked != nullptr ? asked : "forward";
   const bool reverse = wanted == "reverse" || wanted == "warps_reverse";
   const bool one_warp = wanted == "warps" || wanted == "warps_reverse";
+  if (!reverse && !one_warp && wanted != "forward" && wanted != "shuffle") {
+    stop("CISC_SIMT_ORDER: forward, reverse, shuffle, warps, warps_reverse");
+  }
   const int count = threads * cluster;
   std::vector<int> order(static_cast<size_t>(count));
   for (int i = 0; i < count; ++i) order[static_cast<size_t>(i)] = reverse ? count - 1 - i : i;
