@@ -415,10 +415,12 @@ class Sweeps {
     }
   }
 
-  // Whether this call screens: CISC_CROSS_SCREEN=1, where the chip can.
-  static bool screens(const Gpu& gpu) {
+  // Whether "max" screens: CISC_CROSS_SCREEN=1, where the chip can and sums of products are no more than
+  // int32.
+  static bool screens(const Gpu& gpu, const Inputs& in) {
     const char* asked = std::getenv("CISC_CROSS_SCREEN");
-    return SweepsOfChip::of(gpu).screen != nullptr && asked != nullptr && std::string(asked) == "1";
+    return SweepsOfChip::of(gpu).screen != nullptr && in.channels() <= kMostScreened && asked != nullptr &&
+           std::string(asked) == "1";
   }
 
   // Bins of one label each.
@@ -551,7 +553,7 @@ std::tuple<Tensor, Tensor, Tensor> cuda_forward(const Tensor& query, const Tenso
   // Of "mean" by tables all pairs are met for the index alone.
   const bool sweeps = by_sweep(gpu, in) && (!mean || (means && indexed));
   auto packing = sweeps ? std::optional<Packing>(Packing::of(in)) : std::nullopt;
-  if (packing) packing->bytes = settings.reduction == Reduction::max && Sweeps::screens(gpu);
+  if (packing) packing->bytes = settings.reduction == Reduction::max && Sweeps::screens(gpu, in);
   Pairs pairs(gpu, in, packing);
   if (sweeps) {
     Finish finish{};
