@@ -261,6 +261,19 @@ def test_plans_for_gpus_keep_to_the_memory_that_there_is(device: str, reduction:
                     assert 0 < made["workspace_bytes"] - made["packed_bytes"] <= 64 << 20, (shapes, k)
 
 
+@pytest.mark.parametrize("device", ["sm_75", "sm_80", "sm_90a"])
+@pytest.mark.parametrize("reduction", ["max", "topk", "softmax"])
+def test_plans_for_gpus_of_what_is_empty(device: str, reduction: str) -> None:
+    """Nothing where forward has no result; of a guide without pixels no packed row."""
+    from cisc_ext import _build
+
+    for batch, query, guide, slots in ((0, 4, 4, 1), (2, 0, 4, 1), (2, 4, 4, 0), (2, 4, 0, 1)):
+        shapes = {"query": (batch, 8, query, 3), "guide": (batch, 8, guide, 3), "classes": (batch, slots)}
+        made = _build.plan("cross_similarity", shapes, device=device, reduction=reduction)
+        assert made["packed_bytes"] == made["flops"] == 0
+        assert (made["workspace_bytes"] == 0) == (guide > 0)
+
+
 SMALL = (1, 2, 3, 5, 8, 13, 21, 34, 55, 81, 128, 181)
 """Sides of the features; labels are four times as large."""
 
