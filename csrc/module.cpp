@@ -111,7 +111,10 @@ py::dict plan_on_gpu(const Shapes& shapes, const std::string& dtype, int chip, c
   const int64_t element = dtype == "float32" ? 4 : 2;
   cisc::Work work{};
   work.flops = 2 * query[0] * slots * query[1] * n * m;
-  work.bytes = query[0] * (query[1] * (n + m) * element + slots * n * 4);
+  if (query[0] * slots * n > 0) {
+    work.bytes = query[0] * (query[1] * (n + m) * element + ns::label_bytes(n, m, own) +
+                             slots * n * ns::output_bytes(by, winners, indexed));
+  }
   py::dict out = described(tile, p.packed_bytes + p.other_bytes, work);
   out["packed_bytes"] = p.packed_bytes;
   return out;
@@ -198,7 +201,8 @@ py::dict plan(const std::string& op, const Shapes& shapes, const std::string& dt
   if (op == "cross_similarity") {
     namespace ns = cisc::cross_similarity;
     const Shape &query = shape_of(op, shapes, "query", 4), &guide = shape_of(op, shapes, "guide", 4);
-    const int64_t slots = shapes.count("classes") > 0 ? shape_of(op, shapes, "classes", 2)[1] : 1;
+    const bool own = shapes.count("classes") == 0;
+    const int64_t slots = own ? 1 : shape_of(op, shapes, "classes", 2)[1];
     if (k < 1) throw std::invalid_argument("plan: k must be at least 1");
     ns::Reduction by{};
     if (!ns::find_reduction(reduction, &by)) {
@@ -214,7 +218,7 @@ py::dict plan(const std::string& op, const Shapes& shapes, const std::string& dt
                               by,
                               dtype == "bfloat16" && cisc::isa() == cisc::Isa::avx512_bf16};
     const ns::Plan p = problem.plan(true, backward, problem.reduction);
-    cisc::Work work = ns::work(problem, bytes, bytes, backward);
+    cisc::Work work = ns::work(problem, bytes, bytes, own, return_index, backward);
     work.flops *= query[0];
     work.bytes *= query[0];
     py::dict tile;

@@ -295,8 +295,14 @@ def test_simulated_workspace_is_as_planned(chip: int, size: str, reduction: str)
                 plan = build.plan(
                     "cross_similarity", shapes, dtype, {90: "sm_90a"}.get(chip, f"sm_{chip}"), **asked
                 )
-                taken, _ = _traced(inputs, return_index, rounded)
+                taken, results = _traced(inputs, return_index, rounded)
                 assert sum(one for one in taken if one > 0) == plan["workspace_bytes"], (slots, dtype, asked)
+                features = sum(inputs[name].nbytes for name in BOTH)
+                labels = sum(
+                    inputs[name].nbytes for name in ("guide_labels", "query_labels") if name in inputs
+                )
+                moved = features + labels + results if results else 0
+                assert plan["bytes"] == moved, (slots, dtype, asked)
 
 
 @pytest.mark.skipif(not SIMULATED, reason="not simulated")
