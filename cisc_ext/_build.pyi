@@ -1,6 +1,8 @@
 from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
+from typing_extensions import NotRequired
+
 class Info(TypedDict):
     compiler: str
     flags: tuple[str, ...]
@@ -17,9 +19,7 @@ class Plan(TypedDict):
     workspace_bytes: int
     flops: int
     bytes: int
-
-class GpuPlan(Plan):
-    packed_bytes: int  # on a GPU only
+    packed_bytes: NotRequired[int]  # on a GPU
 
 def info() -> Info: ...
 def plan(
@@ -32,4 +32,6 @@ def plan(
     ohem: bool = False,
     reduction: str = "max",
     k: int = 8,
-) -> GpuPlan: ...
+    return_index: bool = False,
+    rounded: bool = False,
+) -> Plan: ...

@@ -171,15 +171,32 @@ inline int64_t workspace_bytes(const Problem& p, int64_t threads, bool backward)
   return bytes + both * (12 + kOrder) + std::max(p.query, p.guide) * kCode + p.slots * 2 * kOffset;
 }
 
+// What forward gives, of a query pixel and slot: similarity, the index where it is asked for, winners or
+// totals.
+inline int64_t output_bytes(Reduction reduction, int64_t k, bool indexed) {
+  constexpr int64_t kValue = 4, kIndex = 8;
+  const int64_t saved = reduction == Reduction::topk      ? kIndex * k
+                        : reduction == Reduction::softmax ? kValue
+                                                          : 0;
+  return kValue + (indexed || reduction == Reduction::max ? kIndex : 0) + saved;
+}
+
+// A byte of each pixel of the guide, and in own-label mode of the query.
+inline int64_t label_bytes(int64_t query_pixels, int64_t guide_pixels, bool own) {
+  return guide_pixels + (own ? query_pixels : 0);
+}
+
 // Of one pair of images of which all pixels are of one class.
-inline Work work(const Problem& p, int64_t query_bytes, int64_t guide_bytes, bool backward) {
+inline Work work(const Problem& p, int64_t query_bytes, int64_t guide_bytes, bool own, bool indexed,
+                 bool backward) {
   const int64_t pairs = p.query * p.guide, both = p.query + p.guide;
   const int64_t winners = (p.reduction == Reduction::topk ? p.k : 1) * p.slots;
   const int64_t operands = p.channels * (p.query * query_bytes + p.guide * guide_bytes);
+  const int64_t outputs = p.query * p.slots * output_bytes(p.reduction, p.k, indexed);
   Work w;
   // Lengths, scaling; reductions: a scaled product, a comparison.
   w.flops = 6 * p.channels * both;
-  w.bytes = 2 * operands + 4 * p.query * p.slots;
+  w.bytes = 2 * operands + label_bytes(p.query, p.guide, own) + (backward ? 4 * p.query * p.slots : outputs);
   if (p.reduction == Reduction::mean) {
     w.flops += 2 * p.channels * both * p.slots * (backward ? 2 : 1);
     w.bytes += operands;
@@ -188,11 +205,11 @@ inline Work work(const Problem& p, int64_t query_bytes, int64_t guide_bytes, boo
     if (p.reduction == Reduction::softmax) w.flops += pairs * (kFunction + 5);
     const Plan plan = p.plan(true, false, p.reduction);
     const int64_t pieces = ceil_div(ceil_div(p.guide, p.shape.panel), plan.panels);
-    w.bytes += (pieces - 1) * p.channels * p.query * query_bytes + 8 * p.query * winners;
+    w.bytes += (pieces - 1) * p.channels * p.query * query_bytes;
   } else if (p.reduction == Reduction::softmax) {
     // The cosines twice, and a product each way.
     w.flops += 2 * pairs * (4 * p.channels + kFunction + 9);
-    w.bytes += 2 * operands;
+    w.bytes += 2 * operands + 8 * p.query * p.slots;
   } else {
     w.flops += 4 * p.channels * p.query * winners + 6 * p.channels * both;
     w.bytes += 2 * operands + 8 * p.query * winners;

@@ -25,10 +25,12 @@ struct alignas(8) Step {
 };
 
 constexpr float kQuantum = 127.0f;
+// Channels whose products' sum is an int32.
+constexpr int64_t kMostScreened = INT32_MAX / static_cast<int64_t>(kQuantum * kQuantum);
 // What a row's numbers and their scale may be off from the unit vector that cosines are computed from, in its
 // length: a unit vector's components and the scale are rounded to 2^-24 of them; of two float16 the second
 // one is rounded, to 2^-22 of the whole, or to 2^-33 of the unit vector's length, for each of C channels,
-// which comes to less than 2^-22 for C up to 2^22; the step is rounded to 2^-24.
+// which comes to less than 2^-24 for C up to kMostScreened; the step is rounded to 2^-24.
 constexpr double kRowError = 0x1p-20;
 // The same, more, of numbers that are rounded to float16: 2^-11.
 constexpr double kRoundedError = 0x1p-11;

@@ -3,12 +3,15 @@
 // Work: C fused multiply-adds for each pair of pixels that is compared; for 16384 pixels against as many with
 // 256 channels 69 G of them, on 132 x 128 lanes at 1.75 GHz 2.3 ms at best. Reading a tile's operands from
 // shared memory, 32 bytes for 16 of them, keeps that busy for three quarters of this time beside it. "mean"
-// takes no pairs but for its index: see cross_similarity_means.cuh.
+// takes no pairs but for its index: see cross_similarity_means.cuh. Where a chip has a sweep on tensor cores
+// (cross_similarity_sm80.cu, cross_similarity_sm90.cu), that compares instead, "max" behind a screen by int8
+// where it is asked for, and this kernel is left what labels that are no bytes share.
 
 #include <algorithm>
 #include <cstdlib>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "cross_similarity_finish.cuh"
 #include "cross_similarity_means.cuh"
@@ -295,18 +298,17 @@ __global__ void __launch_bounds__(kRowsThreads) meet_own_mean_kernel(Means p, bo
 
 template <Reduction reduction>
 void run_compare(const Gpu& gpu, Pairs& pairs, const Inputs& in, Kernel p) {
-  const int64_t row_bytes = plain_result_bytes(reduction, p.k);
-  const int64_t results = p.schedule.units_at_once(kResultBytes, row_bytes) * p.schedule.splits * kTile;
+  const auto sizes = ResultSizes::of_plain(reduction, p.k);
   // As int64, so that all is aligned to 8 bytes.
-  Tensor workspace = device_empty(in.query, {results * row_bytes / 8}, ScalarType::Long);
+  Tensor workspace = device_empty(in.query, {sizes.bytes(p.schedule) / 8}, ScalarType::Long);
   p.states = reinterpret_cast<State*>(data_of<int64_t>(workspace));
-  p.winners = data_of<int64_t>(workspace) + results * static_cast<int64_t>(sizeof(State)) / 8;
+  p.winners = data_of<int64_t>(workspace) + sizes.rows(p.schedule) * static_cast<int64_t>(sizeof(State)) / 8;
   const int64_t shared = p.shared_winners ? 8 * p.k * kTile : 0;
   pairs.each([&](int64_t images) {
     p.query = pairs.query();
     p.guide = pairs.guide();
     p.schedule.images = images;
-    const int64_t step = p.schedule.units_at_once(kResultBytes, row_bytes);
+    const int64_t step = sizes.units(p.schedule);
     for (p.first_unit = 0; p.first_unit < p.schedule.units(); p.first_unit += step) {
       p.units = std::min(step, p.schedule.units() - p.first_unit);
       gpu.launch(compare_kernel<reduction>, p.units * p.schedule.splits, kThreads, shared, p);
@@ -337,7 +339,7 @@ struct SweepsOfChip {
   bool there() const { return sweep != nullptr; }
 };
 
-// Sweeps on tensor cores, of "max", "topk" and "softmax".
+// Sweeps on tensor cores, of "max", "topk" or "softmax".
 class Sweeps {
  public:
   Sweeps(const Gpu& gpu, const Inputs& in, const Packing& packing, Reduction reduction)
@@ -346,17 +348,17 @@ class Sweeps {
         chip_(SweepsOfChip::of(gpu)),
         packing_(packing),
         reduction_(reduction),
-        screens_(packing.bytes && reduction == Reduction::max) {
-    schedule_ =
-        Schedule::of(in.batch(), in.slots(), in.query_pixels(), in.guide_pixels(),
-                     screens_ ? chip_.screen_cut() : chip_.cut(packing.shape, packing.matrix(), reduction));
-    row_bytes_ = result_bytes(reduction, screens_);
-    results_ = results_of(schedule_, reduction, screens_);
-    workspace_ = device_empty(in.query, {results_ * row_bytes_ / 8}, ScalarType::Long);
-  }
+        screens_(packing.bytes && reduction == Reduction::max),
+        schedule_(Schedule::of(
+            in.batch(), in.slots(), in.query_pixels(), in.guide_pixels(),
+            screens_ ? chip_.screen_cut() : chip_.cut(packing.shape, packing.matrix(), reduction))),
+        sizes_(ResultSizes::of_sweep(reduction, screens_)),
+        results_(sizes_.rows(schedule_)) {}
 
-  // finish: outputs; of the images whose sides are packed
-  void run(const Pairs& pairs, int64_t images, Finish finish) {
+  int64_t result_bytes() const { return results_ * sizes_.row_bytes; }
+
+  // memory: result_bytes(), aligned to 8; finish: outputs; of the images whose sides are packed
+  void run(const Pairs& pairs, int64_t images, int64_t* memory, Finish finish) {
     schedule_.images = images;
     Sweep sweep{};
     sweep.type = packing_.matrix();
@@ -384,7 +386,6 @@ class Sweeps {
     sweep.splits = static_cast<int32_t>(schedule_.splits);
     sweep.reduction = reduction_;
     sweep.steepness = in_.settings.steepness();
-    int64_t* memory = data_of<int64_t>(workspace_);
     sweep.states = reinterpret_cast<State*>(memory);
     sweep.winners = memory + results_ * static_cast<int64_t>(sizeof(State)) / 8;
     sweep.candidates = reinterpret_cast<int32_t*>(sweep.winners);
@@ -393,7 +394,7 @@ class Sweeps {
     finish.query = pairs.query();
     finish.guide = pairs.guide();
     check(schedule_.units() <= INT32_MAX, kForward, "these shapes have too many classes and pixels");
-    const int64_t step = schedule_.units_at_once(screens_ ? kScreenBytes : kResultBytes, row_bytes_);
+    const int64_t step = sizes_.units(schedule_);
     for (int64_t first = 0; first < schedule_.units(); first += step) {
       sweep.first_unit = static_cast<int32_t>(first);
       sweep.units = static_cast<int32_t>(std::min(step, schedule_.units() - first));
@@ -415,10 +416,12 @@ class Sweeps {
     }
   }
 
-  // Whether this call screens: CISC_CROSS_SCREEN=1, where the chip can.
-  static bool screens(const Gpu& gpu) {
+  // Whether "max" screens: CISC_CROSS_SCREEN=1, where the chip can and sums of products are no more than
+  // int32.
+  static bool screens(const Gpu& gpu, const Inputs& in) {
     const char* asked = std::getenv("CISC_CROSS_SCREEN");
-    return SweepsOfChip::of(gpu).screen != nullptr && asked != nullptr && std::string(asked) == "1";
+    return SweepsOfChip::of(gpu).screen != nullptr && in.channels() <= kMostScreened && asked != nullptr &&
+           std::string(asked) == "1";
   }
 
   // Bins of one label each.
@@ -451,10 +454,38 @@ class Sweeps {
   Packing packing_;
   Reduction reduction_;
   bool screens_;
-  Schedule schedule_{};
-  int64_t row_bytes_ = 0, results_ = 0;
-  Tensor workspace_;
+  Schedule schedule_;
+  ResultSizes sizes_;
+  int64_t results_;  // rows of a launch, with each split
 };
+
+// All by sweeps, with packed rows of their own, which are given back; of "mean" the index.
+void run_sweeps(const Gpu& gpu, const Inputs& in, bool indexed,
+                // outputs
+                Tensor& similarity, Tensor& index, Tensor& saved) {
+  const Reduction reduction = in.settings.reduction;
+  const bool max = reduction == Reduction::max, topk = reduction == Reduction::topk;
+  const bool softmax = reduction == Reduction::softmax;
+  auto packing = Packing::of(in);
+  packing.bytes = max && Sweeps::screens(gpu, in);
+  Pairs pairs(gpu, in, packing);
+  Finish finish{};
+  finish.k = topk ? in.winners() : 1;
+  finish.similarity = data_of<float>(similarity);
+  finish.index = indexed ? data_of<int64_t>(index) : nullptr;
+  finish.saved = topk ? data_of<int64_t>(saved) : nullptr;
+  finish.log_totals = softmax ? data_of<float>(saved) : nullptr;
+  finish.values = max;
+  std::vector<Sweeps> in_turn;  // by the same memory
+  if (max || (indexed && !topk)) in_turn.emplace_back(gpu, in, packing, Reduction::max);
+  if (topk || softmax) in_turn.emplace_back(gpu, in, packing, reduction);
+  int64_t bytes = 0;
+  for (const Sweeps& one : in_turn) bytes = std::max(bytes, one.result_bytes());
+  Tensor results = device_empty(in.query, {bytes / 8}, ScalarType::Long);
+  pairs.each([&](int64_t images) {
+    for (Sweeps& one : in_turn) one.run(pairs, images, data_of<int64_t>(results), finish);
+  });
+}
 
 void run_means(const Gpu& gpu, Pairs& pairs, const Inputs& in, float* similarity) {
   MeanTables tables(gpu, in);
@@ -544,37 +575,19 @@ std::tuple<Tensor, Tensor, Tensor> cuda_forward(const Tensor& query, const Tenso
   const Gpu gpu(kForward, "query", query);
   check_devices(in);
   if (classes) check_class_values(kForward, *classes);
-  const bool topk = settings.reduction == Reduction::topk, softmax = settings.reduction == Reduction::softmax;
   auto [similarity, index, saved, indexed] = Results::of(in, return_index);
   if (similarity.numel() == 0) return {similarity, index, saved};
   const bool mean = settings.reduction == Reduction::mean, means = mean && MeanTables::serve(in);
   // Of "mean" by tables all pairs are met for the index alone.
   const bool sweeps = by_sweep(gpu, in) && (!mean || (means && indexed));
-  auto packing = sweeps ? std::optional<Packing>(Packing::of(in)) : std::nullopt;
-  if (packing) packing->bytes = settings.reduction == Reduction::max && Sweeps::screens(gpu);
-  Pairs pairs(gpu, in, packing);
-  if (sweeps) {
-    Finish finish{};
-    finish.k = topk ? in.winners() : 1;
-    finish.similarity = data_of<float>(similarity);
-    finish.index = indexed ? data_of<int64_t>(index) : nullptr;
-    finish.saved = topk ? data_of<int64_t>(saved) : nullptr;
-    finish.log_totals = softmax ? data_of<float>(saved) : nullptr;
-    finish.values = settings.reduction == Reduction::max;
-    std::optional<Sweeps> best, other;
-    if (settings.reduction == Reduction::max || (indexed && !topk))
-      best.emplace(gpu, in, *packing, Reduction::max);
-    if (topk || softmax) other.emplace(gpu, in, *packing, settings.reduction);
-    pairs.each([&](int64_t images) {
-      if (best) best->run(pairs, images, finish);
-      if (other) other->run(pairs, images, finish);
-    });
+  if (sweeps) run_sweeps(gpu, in, indexed, similarity, index, saved);
+  const bool plain = !sweeps || wide_labels(in);
+  if (plain || means) {
+    Pairs pairs(gpu, in);
+    const Compared compared = sweeps ? Compared::shared_bin : Compared::all;
+    if (plain) run_plain(gpu, pairs, in, compared, indexed, similarity, index, saved);
+    if (means) run_means(gpu, pairs, in, data_of<float>(similarity));
   }
-  if (!sweeps || wide_labels(in)) {
-    run_plain(gpu, pairs, in, sweeps ? Compared::shared_bin : Compared::all, indexed, similarity, index,
-              saved);
-  }
-  if (means) run_means(gpu, pairs, in, data_of<float>(similarity));
   if (classes) spoil(gpu, *classes, similarity);
   return {similarity, index, saved};
 }

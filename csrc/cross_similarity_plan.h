@@ -53,48 +53,69 @@ struct PairSizes {
   }
 };
 
-// Results of a sweep: of a query row and each split, in bytes. What a row has once is counted with each.
-inline int64_t result_bytes(Reduction reduction, bool screens) {
-  const int64_t winners = reduction == Reduction::topk ? 8 * kFoundAtOnce + 8 : 0;
-  return kStateBytes + winners + (screens ? 4 * kCandidates + 8 : 0);
-}
-
-// So many of them at a time.
-inline int64_t results_of(const class_sort::Schedule& schedule, Reduction reduction, bool screens) {
-  const int64_t most = screens ? kScreenBytes : kResultBytes;
-  return schedule.units_at_once(most, result_bytes(reduction, screens)) * schedule.splits * schedule.rows;
-}
-
-// Of the plain kernel, "mean" left out: k winners of a pixel, where they are kept in shared memory.
+// Winners of a pixel, of the plain kernel's "topk", that are kept in shared memory.
 constexpr int64_t kSharedWinners = 32;
 
-inline int64_t plain_result_bytes(Reduction reduction, int64_t k) {
-  return kStateBytes + (reduction == Reduction::topk && k <= kSharedWinners ? 8 * k : 0);
-}
+// Results of a query row and each split, in bytes, and of a launch at most. What a row has once is counted
+// with each.
+struct ResultSizes {
+  int64_t row_bytes, most_bytes;
+
+  static ResultSizes of_sweep(Reduction reduction, bool screens) {
+    const int64_t winners = reduction == Reduction::topk ? 8 * kFoundAtOnce + 8 : 0;
+    return {kStateBytes + winners + (screens ? 4 * kCandidates + 8 : 0),
+            screens ? kScreenBytes : kResultBytes};
+  }
+
+  static ResultSizes of_plain(Reduction reduction, int64_t k) {
+    return {kStateBytes + (reduction == Reduction::topk && k <= kSharedWinners ? 8 * k : 0), kResultBytes};
+  }
+
+  // Units of a launch.
+  int64_t units(const class_sort::Schedule& schedule) const {
+    return schedule.units_at_once(most_bytes, row_bytes);
+  }
+
+  // Their rows, with each split.
+  int64_t rows(const class_sort::Schedule& schedule) const {
+    return units(schedule) * schedule.splits * schedule.rows;
+  }
+
+  int64_t bytes(const class_sort::Schedule& schedule) const { return rows(schedule) * row_bytes; }
+};
 
 // What a call takes. chip: 75, 80, 90: compute capability; "max", "topk" or "softmax" of byte labels, not
-// screened
+// screened; indexed: the index is given too
 struct GpuPlan {
   class_sort::Cut cut;
   int64_t splits, images, packed_bytes, other_bytes;
 
   static GpuPlan of(int chip, int64_t batch, int64_t channels, int64_t query_pixels, int64_t guide_pixels,
-                    int64_t slots, bool own, Form form, Reduction reduction, int64_t k) {
+                    int64_t slots, bool own, Form form, Reduction reduction, int64_t k, bool indexed) {
     const RowShape shape = RowShape::of(channels, form);
-    const bool packs = chip >= 80;
-    const PairSizes pair{batch, query_pixels, guide_pixels, own, packs ? shape.width() : 0, 0};
-    GpuPlan plan{};
-    plan.cut = chip == 90 ? sm90::cut_of(shape, reduction)
-               : packs    ? sm80::cut_of(reduction)
-                          : class_sort::kPlainCut;
-    auto schedule = class_sort::Schedule::of(batch, slots, query_pixels, guide_pixels, plan.cut);
+    const bool packs = chip >= 80 && guide_pixels > 0;
+    const auto cut_of = [&](Reduction by) {
+      return !packs ? class_sort::kPlainCut : chip == 90 ? sm90::cut_of(shape, by) : sm80::cut_of(by);
+    };
+    const auto schedule_of = [&](Reduction by) {
+      return class_sort::Schedule::of(batch, slots, query_pixels, guide_pixels, cut_of(by));
+    };
+    GpuPlan plan{cut_of(reduction), 0, 0, 0, 0};
+    if (batch * slots * query_pixels == 0) return plan;
+    auto schedule = schedule_of(reduction);
     if (!packs && reduction == Reduction::topk && k > kSharedWinners) schedule.splits = 1;
+    int64_t results = (packs ? ResultSizes::of_sweep(reduction, false) : ResultSizes::of_plain(reduction, k))
+                          .bytes(schedule);
+    // The best cosine's sweep goes before, by the same memory.
+    if (packs && indexed && reduction == Reduction::softmax) {
+      const auto best = ResultSizes::of_sweep(Reduction::max, false);
+      results = std::max(results, best.bytes(schedule_of(Reduction::max)));
+    }
+    const PairSizes pair{batch, query_pixels, guide_pixels, own, packs ? shape.width() : 0, 0};
     plan.splits = schedule.splits;
     plan.images = pair.at_once();
     plan.packed_bytes = 2 * pair.numbers(plan.images);
-    const int64_t row = packs ? result_bytes(reduction, false) : plain_result_bytes(reduction, k);
-    const int64_t results = schedule.units_at_once(kResultBytes, row) * schedule.splits * schedule.rows;
-    plan.other_bytes = 4 * pair.words(plan.images) + results * row;
+    plan.other_bytes = 4 * pair.words(plan.images) + results;
     return plan;
   }
 };

@@ -88,7 +88,7 @@ py::dict upsampling(const cisc::upsample::Plan& p, int64_t bytes, const cisc::Wo
 
 // Forward of cross_similarity on a GPU with byte labels: packed rows, and the rest of the workspace.
 py::dict plan_on_gpu(const Shapes& shapes, const std::string& dtype, int chip, const std::string& reduction,
-                     int64_t k) {
+                     int64_t k, bool indexed, bool rounded) {
   namespace ns = cisc::cross_similarity;
   const std::string op = "cross_similarity";
   const Shape &query = shape_of(op, shapes, "query", 4), &guide = shape_of(op, shapes, "guide", 4);
@@ -100,9 +100,9 @@ py::dict plan_on_gpu(const Shapes& shapes, const std::string& dtype, int chip, c
     throw std::invalid_argument("plan: reduction must be max, topk or softmax on a GPU, got " + reduction);
   }
   const int64_t n = query[2] * query[3], m = guide[2] * guide[3];
-  const ns::Form form = dtype == "float32" ? ns::Form::split : ns::Form::exact;
-  const auto p = ns::GpuPlan::of(chip, query[0], query[1], n, m, slots, own, form, by,
-                                 std::max<int64_t>(std::min(k, m), 1));
+  const ns::Form form = dtype != "float32" ? ns::Form::exact : rounded ? ns::Form::rounded : ns::Form::split;
+  const int64_t winners = std::max<int64_t>(std::min(k, m), 1);
+  const auto p = ns::GpuPlan::of(chip, query[0], query[1], n, m, slots, own, form, by, winners, indexed);
   py::dict tile;
   tile["query_pixels"] = p.cut.rows;
   tile["guide_pixels"] = p.cut.columns;
@@ -111,17 +111,20 @@ py::dict plan_on_gpu(const Shapes& shapes, const std::string& dtype, int chip, c
   const int64_t element = dtype == "float32" ? 4 : 2;
   cisc::Work work{};
   work.flops = 2 * query[0] * slots * query[1] * n * m;
-  work.bytes = query[0] * (query[1] * (n + m) * element + slots * n * 4);
+  if (query[0] * slots * n > 0) {
+    work.bytes = query[0] * (query[1] * (n + m) * element + ns::label_bytes(n, m, own) +
+                             slots * n * ns::output_bytes(by, winners, indexed));
+  }
   py::dict out = described(tile, p.packed_bytes + p.other_bytes, work);
   out["packed_bytes"] = p.packed_bytes;
   return out;
 }
 
 // One row per operator that has kernels here; `backward` is the gradient, made with the loss where there is
-// one, `ohem` that hard pixels are searched for before; `reduction` and `k` are of cross_similarity.
+// one, `ohem` that hard pixels are searched for before; what comes behind is of cross_similarity.
 py::dict plan(const std::string& op, const Shapes& shapes, const std::string& dtype,
               const std::string& device, bool backward, int64_t threads, bool ohem,
-              const std::string& reduction, int64_t k) {
+              const std::string& reduction, int64_t k, bool return_index, bool rounded) {
   const std::map<std::string, int> chips{{"sm_75", 75}, {"sm_80", 80}, {"sm_90a", 90}};
   const auto chip = chips.find(device);
   if (device != "cpu" && chip == chips.end()) {
@@ -134,7 +137,7 @@ py::dict plan(const std::string& op, const Shapes& shapes, const std::string& dt
     if (op != "cross_similarity" || backward) {
       throw std::invalid_argument("plan: of a GPU's kernels it knows cross_similarity's forward only");
     }
-    return plan_on_gpu(shapes, dtype, chip->second, reduction, k);
+    return plan_on_gpu(shapes, dtype, chip->second, reduction, k, return_index, rounded);
   }
   if (threads < 1) throw std::invalid_argument("plan: threads must be at least 1");
   const int64_t bytes = dtype == "float32" ? 4 : 2;
@@ -198,7 +201,8 @@ py::dict plan(const std::string& op, const Shapes& shapes, const std::string& dt
   if (op == "cross_similarity") {
     namespace ns = cisc::cross_similarity;
     const Shape &query = shape_of(op, shapes, "query", 4), &guide = shape_of(op, shapes, "guide", 4);
-    const int64_t slots = shapes.count("classes") > 0 ? shape_of(op, shapes, "classes", 2)[1] : 1;
+    const bool own = shapes.count("classes") == 0;
+    const int64_t slots = own ? 1 : shape_of(op, shapes, "classes", 2)[1];
     if (k < 1) throw std::invalid_argument("plan: k must be at least 1");
     ns::Reduction by{};
     if (!ns::find_reduction(reduction, &by)) {
@@ -214,7 +218,7 @@ py::dict plan(const std::string& op, const Shapes& shapes, const std::string& dt
                               by,
                               dtype == "bfloat16" && cisc::isa() == cisc::Isa::avx512_bf16};
     const ns::Plan p = problem.plan(true, backward, problem.reduction);
-    cisc::Work work = ns::work(problem, bytes, bytes, backward);
+    cisc::Work work = ns::work(problem, bytes, bytes, own, return_index, backward);
     work.flops *= query[0];
     work.bytes *= query[0];
     py::dict tile;
@@ -232,10 +236,14 @@ py::dict plan(const std::string& op, const Shapes& shapes, const std::string& dt
 PYBIND11_MODULE(_build, m) {
   m.doc() = "What was built, and the workspace that the built operators take.";
   m.def("info", &info, "Compilers, flags, instruction sets, CUDA chips, and what was left out and why.");
-  m.def("plan", &plan, py::arg("op"), py::arg("shapes"), py::arg("dtype") = "float32",
-        py::arg("device") = "cpu", py::arg("backward") = false, py::arg("threads") = 1,
-        py::arg("ohem") = false, py::arg("reduction") = "max", py::arg("k") = 8,
-        "What the launcher of an operator does with arguments of these shapes (name: sizes): tile, workspace "
-        "in "
-        "bytes, FLOPs, bytes moved; with uint8 labels. ValueError for what has no kernel.");
+  m.def(
+      "plan", &plan, py::arg("op"), py::arg("shapes"), py::arg("dtype") = "float32",
+      py::arg("device") = "cpu", py::arg("backward") = false, py::arg("threads") = 1, py::arg("ohem") = false,
+      py::arg("reduction") = "max", py::arg("k") = 8, py::arg("return_index") = false,
+      py::arg("rounded") = false,
+      "What the launcher of an operator does with arguments of these shapes (name: sizes): tile, workspace "
+      "in bytes, FLOPs, bytes moved: inputs, with uint8 labels, as often as they are read, and results. On "
+      "a GPU inputs are counted once, and packed_bytes are those of the workspace that hold the features as "
+      "rows for tensor cores; rounded: of float32 these are rounded to float16, as at matmul precision "
+      "'high' and 'medium'. ValueError for what has no kernel.");
 }

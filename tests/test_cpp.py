@@ -261,6 +261,36 @@ def test_plans_for_gpus_keep_to_the_memory_that_there_is(device: str, reduction:
                     assert 0 < made["workspace_bytes"] - made["packed_bytes"] <= 64 << 20, (shapes, k)
 
 
+@pytest.mark.parametrize("device", ["sm_75", "sm_80", "sm_90a"])
+@pytest.mark.parametrize("reduction", ["max", "topk", "softmax"])
+def test_plans_for_gpus_of_what_is_empty(device: str, reduction: str) -> None:
+    """Nothing where forward has no result; of a guide without pixels no packed row."""
+    from cisc_ext import _build
+
+    for batch, query, guide, slots in ((0, 4, 4, 1), (2, 0, 4, 1), (2, 4, 4, 0), (2, 4, 0, 1)):
+        shapes = {"query": (batch, 8, query, 3), "guide": (batch, 8, guide, 3), "classes": (batch, slots)}
+        made = _build.plan("cross_similarity", shapes, device=device, reduction=reduction)
+        assert made["packed_bytes"] == made["flops"] == 0
+        assert (made["workspace_bytes"] == 0) == (made["bytes"] == 0) == (guide > 0)
+
+
+@pytest.mark.parametrize("device", ["cpu", "sm_75", "sm_80", "sm_90a"])
+def test_plans_count_labels_and_results(device: str) -> None:
+    """A byte of each label, and 8 of an index, where it is given."""
+    from cisc_ext import _build
+
+    def moved(own: bool = False, **more: Any) -> int:
+        shapes = {"query": (2, 8, 3, 5), "guide": (2, 8, 4, 7)} | ({} if own else {"classes": (2, 1)})
+        return _build.plan("cross_similarity", shapes, device=device, **more)["bytes"]
+
+    pixels, best = 2 * 3 * 5, moved(reduction="max")
+    assert moved(own=True) == best + pixels
+    assert moved(return_index=True) == best
+    for reduction, saved in (("topk", 3 * 8), ("softmax", 4)):
+        without, having = (moved(reduction=reduction, k=3, return_index=one) for one in (False, True))
+        assert having == without + 8 * pixels == best + saved * pixels
+
+
 SMALL = (1, 2, 3, 5, 8, 13, 21, 34, 55, 81, 128, 181)
 """Sides of the features; labels are four times as large."""
 

@@ -10,6 +10,7 @@ import torch
 from fuzzdraw import Case, Draw
 from fuzzjudge import RULES
 from fuzzpairs import settle
+from memory_trace import traced
 from opcases import CUDA_MARKS, SIMULATED, run
 from torch import Tensor
 
@@ -249,6 +250,75 @@ def test_unknown_variant(device: str, chip: int, monkeypatch: pytest.MonkeyPatch
         ops.cross_similarity(**placed, impl="cpp")
     for variant in VARIANTS:
         assert variant in str(error.value)
+
+
+def _traced(inputs: dict[str, Any], return_index: bool, rounded: bool = False) -> tuple[list[int], int]:
+    """What a call allocates beyond its results, and how much these take."""
+    tensors = [inputs.get(name) for name in ("query", "guide", "guide_labels", "classes", "query_labels")]
+    more = (inputs["reduction"], inputs["k"], 0.07, 255, 1e-8, rounded, return_index)
+    given, taken = traced(lambda: torch.ops.cisc_ext.cross_similarity(*tensors, *more))
+    results = [one.nbytes for one in given if one.nbytes > 0]
+    assert taken[: len(results)] == results
+    return taken[len(results) :], sum(results)
+
+
+SIZES: dict[str, tuple[int, int, int, int, int, int]] = {
+    "small": (2, 72, 9, 11, 13, 7),
+    "parts": (1, 8, 13, 20, 25, 44),
+    "no guide": (2, 5, 3, 4, 0, 6),
+    "no channels": (1, 0, 3, 4, 5, 6),
+    "no query": (1, 5, 0, 4, 5, 6),
+    "no images": (0, 5, 3, 4, 5, 6),
+}
+
+
+@pytest.mark.skipif(not SIMULATED, reason="not simulated: test_gpu.py measures")
+@pytest.mark.parametrize("chip", [75, 80, 90])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("reduction", REDUCTIONS[:3])
+def test_simulated_workspace_is_as_planned(chip: int, size: str, reduction: str) -> None:
+    """To the byte, whatever is asked for; nothing where there is nothing to compare."""
+    build = pytest.importorskip("cisc_ext._build")
+    for own, slots, dtype, k in (
+        *((False, 2, "float16", 8), (False, 0, "float16", 8), (False, 1, "bfloat16", 40)),
+        *((True, 1, "float32", 8), (False, 1, "float32", 40)),
+    ):
+        inputs = images(SIZES[size], 3, getattr(torch, dtype)) | {"reduction": reduction, "k": k}
+        batch = SIZES[size][0]
+        if not own:
+            del inputs["query_labels"]
+            inputs["classes"] = torch.zeros(batch, slots, dtype=torch.int64)
+        shapes = {name: inputs[name].shape for name in ("query", "guide", "classes") if name in inputs}
+        for rounded in (False, True):
+            for return_index in (False, True):
+                asked = {"reduction": reduction, "k": k, "return_index": return_index, "rounded": rounded}
+                plan = build.plan(
+                    "cross_similarity", shapes, dtype, {90: "sm_90a"}.get(chip, f"sm_{chip}"), **asked
+                )
+                taken, results = _traced(inputs, return_index, rounded)
+                assert sum(one for one in taken if one > 0) == plan["workspace_bytes"], (slots, dtype, asked)
+                features = sum(inputs[name].nbytes for name in BOTH)
+                labels = sum(
+                    inputs[name].nbytes for name in ("guide_labels", "query_labels") if name in inputs
+                )
+                moved = features + labels + results if results else 0
+                assert plan["bytes"] == moved, (slots, dtype, asked)
+
+
+@pytest.mark.skipif(not SIMULATED, reason="not simulated")
+@pytest.mark.parametrize("chip", [80, 90])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_packed_rows_are_given_back(chip: int, reduction: str) -> None:
+    """Before what reads none of them, the plain kernel and the means, has its own memory."""
+    inputs = images((1, 512, 9, 11, 13, 7), 3, torch.float16) | {"reduction": reduction}
+    del inputs["query_labels"]
+    inputs["guide_labels"] = inputs["guide_labels"].long()
+    inputs["classes"] = torch.zeros(1, 1, dtype=torch.int64)
+    taken, _ = _traced(inputs, return_index=True)
+    packed = 2 * 512 * (9 * 11 + 13 * 7)
+    assert taken.count(packed) == taken.count(-packed) == 1
+    last = max(place for place, one in enumerate(taken) if one > 0)
+    assert last > taken.index(-packed) and sum(taken[: last + 1]) < packed
 
 
 BOTH = ("query", "guide")

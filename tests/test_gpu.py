@@ -196,8 +196,9 @@ def _packed_bytes(name: str, inputs: Inputs) -> int:
     return (query.numel() + guide.numel()) * (4 if torch.float32 in (query.dtype, guide.dtype) else 2)
 
 
+@pytest.mark.parametrize("return_index", [False, True])
 @pytest.mark.parametrize("reduction", ["max", "topk", "softmax"])
-def test_workspace_is_as_planned(reduction: str) -> None:
+def test_workspace_is_as_planned(reduction: str, return_index: bool) -> None:
     from cisc_ext import _build
 
     skip_unless_there(OPERATORS["cross_similarity"], "cpp")
@@ -206,12 +207,15 @@ def test_workspace_is_as_planned(reduction: str) -> None:
     classes = torch.zeros(2, 1, dtype=torch.int64, device="cuda")
     labels = torch.zeros(2, 100, 120, dtype=torch.uint8, device="cuda")
 
+    asked: dict[str, Any] = {"reduction": reduction, "return_index": return_index}
+
     def call() -> Any:
-        return ops.cross_similarity(query, guide, labels, classes, reduction=reduction, impl="cpp")
+        return ops.cross_similarity(query, guide, labels, classes, impl="cpp", **asked)
 
     shapes = {"query": query.shape, "guide": guide.shape, "classes": classes.shape}
-    planned = _build.plan("cross_similarity", shapes, "bfloat16", chip, reduction=reduction)
-    results = 2 * 100 * 120 * (4 + {"max": 8, "topk": 64, "softmax": 4}[reduction])
+    planned = _build.plan("cross_similarity", shapes, "bfloat16", chip, **asked)
+    indices = 8 if return_index and reduction != "max" else 0
+    results = 2 * 100 * 120 * (4 + indices + {"max": 8, "topk": 64, "softmax": 4}[reduction])
     extra = peak_extra_mib(call, device="cuda") * MIB
     assert planned["workspace_bytes"] <= extra <= planned["workspace_bytes"] + results + 2 * MIB
 

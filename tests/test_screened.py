@@ -246,6 +246,25 @@ def test_worst_rounding_cpp(side: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.cuda
 @needs_hopper
+@pytest.mark.parametrize("channels", [133144, 133145, 134000])
+def test_most_channels_cpp(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest sums of products of int8, beside those that are no int32 any more."""
+    monkeypatch.setenv("CISC_CROSS_SCREEN", "1")
+    guide = torch.randint(2, (channels, 5)) * 2.0 - 1.0
+    guide[:, 3] = 1.0
+    inputs = {
+        "query": torch.ones(1, channels, 1, 1).half(),
+        "guide": guide[None, :, None].half(),
+        "guide_labels": torch.zeros(1, 1, 5, dtype=torch.uint8),
+        "classes": torch.zeros(1, 1, dtype=torch.int64),
+    }
+    similarity, index = _run(inputs)
+    assert index.item() == 3
+    assert abs(similarity.item() - 1) < 1e-6
+
+
+@pytest.mark.cuda
+@needs_hopper
 def test_rounded_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows rounded to float16 are off from what cosines are computed from."""
     before = torch.get_float32_matmul_precision()
