@@ -17,7 +17,7 @@ namespace cisc::cross_similarity {
 
 constexpr const char *kForward = "cross_similarity", *kBackward = "cross_similarity_backward";
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
-constexpr int64_t kMostSide = 1LL << 30, kMostPixels = (1LL << 31) - 64;  // positions are int32
+constexpr int64_t kMostSide = 1LL << 30, kMostPixels = (1LL << 31) - 512;  // a tile ends within int32
 constexpr double kLn2 = 0.69314718055994531;
 
 using MaybeTensor = std::optional<Tensor>;

@@ -493,3 +493,13 @@ def test_hard_pixels_are_in_the_plan() -> None:
         for ohem in (False, True)
     )
     assert hard["workspace_bytes"] > plain["workspace_bytes"] and hard["flops"] > plain["flops"]
+
+
+def test_more_pixels_than_positions_count() -> None:
+    """A tile that begins with the last pixels ends within 32 bits."""
+    query, guide = torch.zeros(1, 1, 1, 1).expand(1, 1, 2, 2**30 - 255), torch.zeros(1, 1, 2, 2)
+    labels, classes = torch.zeros(1, 2, 2, dtype=torch.uint8), torch.zeros(1, 1, dtype=torch.int64)
+    with pytest.raises(
+        (ValueError, RuntimeError), match="query must have at most 2147483136 pixels, got 2 x"
+    ):
+        ops.cross_similarity(query, guide, labels, classes, impl="cpp")
