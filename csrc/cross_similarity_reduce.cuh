@@ -49,7 +49,29 @@ struct Place {
     return first + m * pitch + fragments::row(lane, 2 * half);
   }
   __device__ __forceinline__ int column() const { return fragments::column(lane, 0); }
+
+  // Whether that position is of a segment.
+  __device__ __forceinline__ bool meets(int m, int half, int32_t segment_first, int32_t behind) const {
+    return position(m, half) >= segment_first && position(m, half) < behind;
+  }
 };
+
+// Which rows a segment has.
+template <int kRowTiles>
+__device__ __forceinline__ void set_meets(const Place& place, int32_t first, int32_t behind,
+                                          // outputs
+                                          bool (&meets)[kRowTiles][2]) {
+  CISC_UNROLL
+  for (int m = 0; m < kRowTiles; ++m) {
+    CISC_UNROLL
+    for (int half = 0; half < 2; ++half) meets[m][half] = place.meets(m, half, first, behind);
+  }
+}
+
+// Of a thread's sums of a tile of rows, number i of a strip.
+__device__ __forceinline__ constexpr int sum_of(int strip, int half, int i) {
+  return strip * 2 * kStrip + i / 2 * 4 + half * 2 + i % 2;
+}
 
 // The largest and the least of the four threads that share a row.
 __device__ __forceinline__ float largest_of_row(float value) {
@@ -201,9 +223,8 @@ struct Max {
     for (int m = 0; m < kRowTiles; ++m) {
       CISC_UNROLL
       for (int half = 0; half < 2; ++half) {
-        const int32_t position = place_.position(m, half);
         // Nothing is above infinity.
-        bar_[m][half] = position >= first && position < behind ? best_[m][half] : kInfinity;
+        bar_[m][half] = place_.meets(m, half, first, behind) ? best_[m][half] : kInfinity;
       }
     }
   }
@@ -220,7 +241,7 @@ struct Max {
           float values[kStrip];
           CISC_UNROLL
           for (int i = 0; i < kStrip; ++i) {
-            values[i] = sums[m][strip * 16 + i / 2 * 4 + half * 2 + i % 2] * scale.at[i];
+            values[i] = sums[m][sum_of(strip, half, i)] * scale.at[i];
           }
           if (!passes<kBits>(values, bar_[m][half])) continue;
           CISC_UNROLL
@@ -297,14 +318,7 @@ struct TopK {
   }
 
   __device__ __forceinline__ void segment(int32_t first, int32_t behind) {
-    CISC_UNROLL
-    for (int m = 0; m < kRowTiles; ++m) {
-      CISC_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        const int32_t position = place_.position(m, half);
-        meets_[m][half] = position >= first && position < behind;
-      }
-    }
+    set_meets(place_, first, behind, meets_);
   }
 
   template <int kSums, typename OfTile>
@@ -329,7 +343,7 @@ struct TopK {
           float values[kStrip];
           CISC_UNROLL
           for (int i = 0; i < kStrip; ++i) {
-            values[i] = sums[m][strip * 16 + i / 2 * 4 + half * 2 + i % 2] * scale.at[i];
+            values[i] = sums[m][sum_of(strip, half, i)] * scale.at[i];
           }
           float& least = bar[m][half];
           if (!passes<false>(values, least)) continue;
@@ -452,14 +466,7 @@ struct Softmax {
   }
 
   __device__ __forceinline__ void segment(int32_t first, int32_t behind) {
-    CISC_UNROLL
-    for (int m = 0; m < kRowTiles; ++m) {
-      CISC_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        const int32_t position = place_.position(m, half);
-        meets_[m][half] = position >= first && position < behind;
-      }
-    }
+    set_meets(place_, first, behind, meets_);
   }
 
   template <int kSums, typename OfTile>
@@ -477,7 +484,7 @@ struct Softmax {
         if (!meets_[m][half]) continue;
         each_strip<kSums>(0, scales, [&](int strip, int, const Scales& scale) {
           CISC_UNROLL
-          for (int i = 0; i < kStrip; ++i) sums[m][place_of(strip, half, i)] *= scale.at[i];
+          for (int i = 0; i < kStrip; ++i) sums[m][sum_of(strip, half, i)] *= scale.at[i];
         });
         weigh(m, half, sums[m], totals[m][half], weighteds[m][half]);
       }
@@ -535,11 +542,6 @@ struct Softmax {
   }
 
  private:
-  // Of the sums of a tile of rows, number i of a strip.
-  __device__ __forceinline__ static constexpr int place_of(int strip, int half, int i) {
-    return strip * 16 + i / 2 * 4 + half * 2 + i % 2;
-  }
-
   // Weights of a row's columns in the tile.
   template <int kSums>
   __device__ __forceinline__ void weigh(int m, int half, const float (&sums)[kSums],
@@ -552,7 +554,7 @@ struct Softmax {
       CISC_UNROLL
       for (int i = 0; i < kStrip; ++i) {
         // The largest is 0 above itself: the slope may be huge.
-        const float above = sums[place_of(strip, half, i)] - top;
+        const float above = sums[sum_of(strip, half, i)] - top;
         const float weight = fast_exp2(above * slope_[m][half]);
         total = i == 0 ? weight : total + weight;
         weighted = i == 0 ? weight * above : fmaf(weight, above, weighted);
@@ -573,7 +575,7 @@ struct Softmax {
       for (int half = 0; half < 2; ++half) {
         float to = -kInfinity;
         CISC_UNROLL
-        for (int i = 0; i < kSums / 2; ++i) to = ::fmaxf(to, sums[m][i / 2 * 4 + half * 2 + i % 2]);
+        for (int i = 0; i < kSums / 2; ++i) to = ::fmaxf(to, sums[m][sum_of(0, half, i)]);
         if (!meets_[m][half] || !(to > top_[m][half]) || to < kLeast) continue;
         if (top_[m][half] > -kInfinity) {
           const float by = top_[m][half] - to, factor = fast_exp2(by * slope_[m][half]);

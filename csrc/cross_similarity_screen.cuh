@@ -55,9 +55,8 @@ struct Screen {
   __device__ __forceinline__ void segment(int32_t first, int32_t behind) {
     CISC_UNROLL
     for (int half = 0; half < 2; ++half) {
-      const int32_t position = place_.position(0, half);
       // Nothing is above infinity.
-      bar_[half] = position >= first && position < behind ? ::fmaxf(least_[half], lost_[half]) : kInfinity;
+      bar_[half] = place_.meets(0, half, first, behind) ? ::fmaxf(least_[half], lost_[half]) : kInfinity;
     }
   }
 
@@ -91,7 +90,7 @@ struct Screen {
         float values[kStrip];
         CISC_UNROLL
         for (int i = 0; i < kStrip; ++i) {
-          values[i] = bounds_[half].most(sums[0][strip * 16 + i / 2 * 4 + half * 2 + i % 2], step[i]);
+          values[i] = bounds_[half].most(sums[0][sum_of(strip, half, i)], step[i]);
         }
         if (!passes<false>(values, bar_[half])) continue;
         unsigned above = 0;
