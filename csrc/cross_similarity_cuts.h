@@ -71,7 +71,7 @@ bool fits(const RowShape& shape) {
   return Layout<S>::of(shape).stages >= kFewestStages;
 }
 
-using Wide = BlockShape<2, 128, 2, true>;       // 256 query rows of up to 256 numbers
+using Wide = BlockShape<2, 128, 2, true>;       // 256 query rows of up to 320 numbers
 using Long = BlockShape<1, 256, 2, true>;       // 128 query rows of up to 512 numbers
 using Streamed = BlockShape<1, 256, 2, false>;  // any rows
 

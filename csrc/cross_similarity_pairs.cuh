@@ -37,15 +37,18 @@ __global__ void __launch_bounds__(kThreads, 4) measure_kernel(Side side, int64_t
   const int64_t number = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (number >= images * side.pixels) return;
   const int64_t offset = side.offset(side.first + number / side.pixels, number % side.pixels);
-  double squares = 0.0;
+  double parts[kParts] = {};  // in the order in which pack_kernel adds, for the same bits
   for (int64_t c = 0; c < side.channels; c += kDepth) {
     float values[kDepth];
     read_channels(side.image, offset + c * side.image.stride_c, 1, side.channels - c, values);
 #pragma unroll
     for (int i = 0; i < kDepth; ++i) {
-      squares += static_cast<double>(values[i]) * static_cast<double>(values[i]);
+      parts[i % kParts] += static_cast<double>(values[i]) * static_cast<double>(values[i]);
     }
   }
+  double squares = 0.0;
+#pragma unroll
+  for (int i = 0; i < kParts; ++i) squares += parts[i];
   const Length length = inverse_length(::sqrt(squares), eps);
   side.scale[number] = length.scale;
   side.rest[number] = length.rest;

@@ -22,7 +22,7 @@ constexpr int kPackBlocks = 5;
 // One side, packed. Workspace holds the images from `Side::first` on.
 struct Rows {
   uint16_t* data;  // [images,pixels,width]
-  // [images,pixels], and kScalePad more: times which a row is a unit vector; 2^-8 at most
+  // [images,pixels], and kScalePad more: times which a row is a unit vector: of those 2^-8 at most
   float* scale;
 };
 

@@ -309,7 +309,7 @@ def test_choices_of_a_machine_that_is_not_here() -> None:
     assert only_triton == [
         f"{name}: triton (not cpp: {NO_LIBRARY}, {without_cuda.format(name)})" for name in sorted(ALL)
     ]
-    some = Found("", "", cuda_kernels=ALL, cuda_faster=_implementations.HERE.cuda_faster)
+    some = Found("", "", cuda_kernels=ALL, cuda_faster=_implementations.faster(["sm_80", "sm_90a"]))
     lines = dict(line.split(": ", 1) for line in registry.choices("cuda", found=some, chip=HOPPER))
     assert lines.pop("cross_similarity") == "cpp"
     assert set(lines.values()) == {
@@ -317,6 +317,8 @@ def test_choices_of_a_machine_that_is_not_here() -> None:
     }
     older = dict(line.split(": ", 1) for line in registry.choices("cuda", found=some, chip=AMPERE))
     assert older["cross_similarity"].startswith("triton")
+    # Without Hopper's own code it is another kernel that runs there.
+    assert not _implementations.faster(["sm_75", "sm_80", "compute_90"])
     old = registry.choices("cuda", found=Found(NO_LIBRARY, ""), chip=TURING)
     assert all(": reference (not cpp: " in line and "; not triton: Triton needs" in line for line in old)
 

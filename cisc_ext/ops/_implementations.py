@@ -9,7 +9,7 @@ import importlib.metadata
 import os
 import shutil
 import sysconfig
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,9 @@ OLDEST_CAPABILITY = (8, 0)
 OLDEST_CUDA = (7, 5)
 """The same of the CUDA kernels."""
 
-_CUDA_FASTER = frozenset({("cross_similarity", (9, 0))})
-"""Operators whose CUDA kernels were measured to be faster than Triton's, and on which chips."""
+_CUDA_FASTER = {("cross_similarity", (9, 0)): "sm_90a"}
+"""Operators and compute capabilities, with what CUDA kernels must be compiled for that were measured to be
+faster than Triton's: forward in float16, by "max", "topk" and "softmax" (`benchmarks.sweeps`)."""
 
 Reasons = Callable[[Call], list[str]]
 
@@ -42,8 +43,14 @@ def _look() -> Found:
         driver=driver_missing(os.environ),
         interpreted=interprets(os.environ),
         cuda_kernels=frozenset(kernels),
-        cuda_faster=_CUDA_FASTER,
+        cuda_faster=faster(_library.chips()),
     )
+
+
+def faster(chips: Collection[str]) -> frozenset[tuple[str, tuple[int, int]]]:
+    """Operators that are faster in CUDA than in Triton in a build for these chips, each with the compute
+    capability of the GPU."""
+    return frozenset(one for one, chip in _CUDA_FASTER.items() if chip in chips)
 
 
 def _triton_missing() -> str:

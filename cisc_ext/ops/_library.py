@@ -95,6 +95,15 @@ def description() -> list[str]:
     return lines
 
 
+def chips() -> tuple[str, ...]:
+    """What the CUDA kernels were compiled for, such as "sm_90a"."""
+    try:
+        from cisc_ext import _build
+    except ImportError:
+        return ()
+    return tuple(_build.info()["cuda_chips"]) if LOADED else ()
+
+
 def plans(threads: int) -> list[str]:
     """A line per compiled operator: what its launcher makes of the first of its workloads, in float32."""
     if not LOADED:
