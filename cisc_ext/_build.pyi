@@ -21,6 +21,8 @@ class Plan(TypedDict):
     bytes: int
     packed_bytes: NotRequired[int]  # on a GPU
 
+CUDA_CHIPS: tuple[str, ...]
+
 def info() -> Info: ...
 def plan(
     op: str,

@@ -235,6 +235,7 @@ py::dict plan(const std::string& op, const Shapes& shapes, const std::string& dt
 
 PYBIND11_MODULE(_build, m) {
   m.doc() = "What was built, and the workspace that the built operators take.";
+  m.attr("CUDA_CHIPS") = words(CISC_CUDA_CHIPS);
   m.def("info", &info, "Compilers, flags, instruction sets, CUDA chips, and what was left out and why.");
   m.def(
       "plan", &plan, py::arg("op"), py::arg("shapes"), py::arg("dtype") = "float32",

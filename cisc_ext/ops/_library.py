@@ -101,7 +101,7 @@ def chips() -> tuple[str, ...]:
         from cisc_ext import _build
     except ImportError:
         return ()
-    return tuple(_build.info()["cuda_chips"]) if LOADED else ()
+    return _build.CUDA_CHIPS if LOADED else ()
 
 
 def plans(threads: int) -> list[str]:
