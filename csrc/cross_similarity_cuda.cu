@@ -550,7 +550,7 @@ void softmax_by_plain(const Gpu& gpu, const Inputs& in, bool of_shared_bins,
 }
 
 bool by_sweep(const Gpu& gpu, const Inputs& in) {
-  return SweepsOfChip::of(gpu).there() && in.guide_pixels() > 0;
+  return SweepsOfChip::of(gpu).there() && is_swept(in.settings.reduction, in.winners(), in.guide_pixels());
 }
 
 namespace {

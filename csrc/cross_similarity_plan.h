@@ -56,6 +56,15 @@ struct PairSizes {
 // Winners of a pixel, of the plain kernel's "topk", that are kept in shared memory.
 constexpr int64_t kSharedWinners = 32;
 
+// Winners of a pixel that sweeps find, eight with each: for more the plain kernel, which takes one pass for
+// all, has less to do.
+constexpr int64_t kSweptWinners = 64;
+
+// Whether a sweep compares the pixels, where a chip has one for the reduction.
+inline bool is_swept(Reduction reduction, int64_t k, int64_t guide_pixels) {
+  return guide_pixels > 0 && (reduction != Reduction::topk || k <= kSweptWinners);
+}
+
 // Results of a query row and each split, in bytes, and of a launch at most. What a row has once is counted
 // with each.
 struct ResultSizes {
@@ -93,7 +102,7 @@ struct GpuPlan {
   static GpuPlan of(int chip, int64_t batch, int64_t channels, int64_t query_pixels, int64_t guide_pixels,
                     int64_t slots, bool own, Form form, Reduction reduction, int64_t k, bool indexed) {
     const RowShape shape = RowShape::of(channels, form);
-    const bool packs = chip >= 80 && guide_pixels > 0;
+    const bool packs = chip >= 80 && is_swept(reduction, k, guide_pixels);
     const auto cut_of = [&](Reduction by) {
       return !packs ? class_sort::kPlainCut : chip == 90 ? sm90::cut_of(shape, by) : sm80::cut_of(by);
     };

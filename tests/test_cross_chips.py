@@ -184,7 +184,7 @@ def test_more_winners_than_a_sweep_finds(device: str, chip: int, k: int) -> None
 
 
 @on_chips
-@pytest.mark.parametrize("k", [3, 8, 13, 40, 200])
+@pytest.mark.parametrize("k", [3, 8, 13, 40, 64, 65, 200])
 def test_winners_ascend(device: str, chip: int, k: int) -> None:
     """The winners that are kept for backward: the best ones, by their index, -1 behind them."""
     inputs = images((1, 16, 9, 13, 21, 27), 4, torch.float32, seed=4)
@@ -282,6 +282,7 @@ def test_simulated_workspace_is_as_planned(chip: int, size: str, reduction: str)
     for own, slots, dtype, k in (
         *((False, 2, "float16", 8), (False, 0, "float16", 8), (False, 1, "bfloat16", 40)),
         *((True, 1, "float32", 8), (False, 1, "float32", 40)),
+        *((False, 2, "float16", 64), (True, 1, "float32", 65)),
     ):
         inputs = images(SIZES[size], 3, getattr(torch, dtype)) | {"reduction": reduction, "k": k}
         batch = SIZES[size][0]
