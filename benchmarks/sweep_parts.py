@@ -486,26 +486,18 @@ def against_rivals(bench: Bench) -> Iterator[Row]:
         times, *of_others = bench.times([call, *(other.call for other in others)])
         best, of_best = min(zip(others, of_others, strict=True), key=lambda pair: statistics.median(pair[1]))
         faster = ratio(of_best, times)
-        # Triton's kernels are the package's own.
-        foreign = min(
-            (
-                (statistics.median(of_other), other.name)
-                for other, of_other in zip(others, of_others, strict=True)
-                if other.name != "triton"
-            ),
-            default=None,
-        )
+        rival_ms = {
+            other.name: statistics.median(of_other) for other, of_other in zip(others, of_others, strict=True)
+        }
         claims = [at_least(faster, limit, "x the best rival"), Claim("", f"best {best.name}", True)]
-        if foreign and foreign[1] != best.name:
-            times_as_fast = foreign[0] / statistics.median(times)
-            claims.append(Claim("", f"{times_as_fast:.4g} x {foreign[1]}, best of the others", True))
+        if best.name == "triton" and len(rival_ms) > 1:  # the package's own
+            foreign = min((name for name in rival_ms if name != "triton"), key=lambda name: rival_ms[name])
+            times_as_fast = rival_ms[foreign] / statistics.median(times)
+            claims.append(Claim("", f"{times_as_fast:.4g} x {foreign}, best of the others", True))
         more = {
             "ratio": _significant(faster),
             "rival": best.name,
-            "rival_ms": {
-                other.name: _significant(statistics.median(t))
-                for other, t in zip(others, of_others, strict=True)
-            },
+            "rival_ms": {name: _significant(ms) for name, ms in rival_ms.items()},
             "rival_chunk": {other.name: other.chunk for other in others if other.chunk},
             "rival_error": {other.name: float(f"{other.error:.2g}") for other in others},
             "rivals_left_out": left_out,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from opcases import CUDA_MARKS, SIMULATED
+from opcases import SIMULATED
 from programs import TESTS, compile_program, needs_gcc, run_program
 from torch import Tensor
 
@@ -23,15 +23,10 @@ def _device() -> str:
     return "cpu" if SIMULATED else "cuda"
 
 
-def needs_hopper(test: Callable[..., None]) -> Callable[..., None]:
-    """A test of the CUDA kernels, on a GPU of compute capability 9.0 or in the simulator."""
-    if SIMULATED:
-        return test
-    there = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-    skip = pytest.mark.skipif(not there, reason="needs a GPU of compute capability 9.0, or the simulator")
-    for mark in (*CUDA_MARKS, skip):
-        test = mark(test)
-    return test
+needs_hopper = pytest.mark.skipif(
+    not SIMULATED and not (torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)),
+    reason="needs a GPU of compute capability 9.0, or the simulator",
+)
 
 
 @pytest.fixture(autouse=True)
