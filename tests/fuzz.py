@@ -37,8 +37,9 @@ ISAS = {  # name: what the processor must have
     "avx512_bf16": ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"),
 }
 ORDERS = ("forward", "reverse", "shuffle")
-CHIPS = ("75", "80", "90")
 """In which a simulated block's threads run."""
+CHIPS = ("75", "80", "90")
+"""Compute capabilities that a simulated GPU says it has."""
 LIBRARIES = ("libasan.so", "libubsan.so", "libstdc++.so.6")
 OPTIONS = {
     # Leaks: Python's own. Torch refuses what malloc refuses; without a limit a huge size would be tried.
