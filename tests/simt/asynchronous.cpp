@@ -1,6 +1,7 @@
-// What asynchronous.h declares.
+// What asynchronous.h declares, but for what warps.cpp and barriers.cpp have: tiles and products on their
+// way.
 //
-// What it and simt.cpp grant, and hardware does not:
+// What these files and simt.cpp grant, and hardware does not:
 // - one thread runs at a time, and all see at once what it writes, in shared and global memory: no fence, no
 //   cache that is behind;
 // - blocks that are not of one cluster run one after the other;
@@ -20,12 +21,13 @@
 #include <string>
 #include <vector>
 
+#include "arithmetic.h"
+#include "parts.h"
 #include "simt.h"
 
 namespace simt {
 namespace {
 
-constexpr int kWarp = 32, kGroup = 128;   // threads of a warp, of a warp group
 constexpr int kRowBytes = 128;            // of a tile
 constexpr int kRows = 64;                 // of a product
 constexpr int64_t kPattern = 1024;        // bytes after which the swizzle repeats
@@ -37,39 +39,12 @@ struct Mode {
   bool late_copies, late_products;
 };
 
-// Bytes of a block's dynamic shared memory.
-struct Range {
-  int rank;
-  int64_t first, end;
-  bool meets(const Range& other) const {
-    return rank == other.rank && first < other.end && other.first < end;
-  }
-};
-
 // A tile on its way to one block.
 struct TileCopy {
   TileMap map;
   int64_t column, row, barrier;  // the barrier's place in shared memory
   Range to;
 };
-
-struct SmallCopy {
-  const void* from;
-  bool inside;
-  void* to;
-};
-
-// A barrier's 64 bits.
-struct State {
-  uint64_t mark : 11;
-  uint64_t published : 1;  // known to copies and to the cluster
-  uint64_t parity : 1;     // of the phase that is not over
-  uint64_t arrivals : 12;  // of each phase
-  uint64_t pending : 12;   // of this one
-  int64_t bytes : 27;      // that this phase waits for
-};
-static_assert(sizeof(State) == sizeof(uint64_t));
-constexpr uint64_t kSet = 0x2a5;
 
 // Sums of a thread that products on their way add to.
 struct Kept {
@@ -88,10 +63,6 @@ struct Asked {
 };
 
 struct Thread {
-  std::vector<SmallCopy> copies;  // on their way
-  std::vector<size_t> groups;     // of them, how many each group has
-  size_t open = 0;                // those of no group yet
-  std::vector<uint64_t*> barriers;
   int64_t products = 0, commits = 0;
   bool begun = false;
   std::vector<Kept> kept;
@@ -106,48 +77,20 @@ struct WarpGroup {
   bool more = false;
 };
 
-struct Meeting {
-  int threads = 0, arrived = 0;
-  int64_t times = 0;
-  std::array<uint32_t, kMostThreads / kWarp> who{};
-};
-
-// What lanes give each other: in turns, see next_exchange.
-struct Lanes {
-  bool done;
-  uint64_t rows[kWarp];
-  uint32_t a[kWarp][4], b[kWarp][2], loaded[kWarp][4];
-  float sums[kWarp][4];
-};
-
 Mode mode;
 int chip_now;
 std::mt19937 chance;
 std::vector<TileCopy> tiles;
 std::vector<Thread> threads_beside;
 std::vector<WarpGroup> groups;
-std::vector<std::array<Meeting, 16>> meetings;
-std::vector<std::array<Lanes, 2>> lanes;
-std::vector<int> spare_registers;  // of each block
-
+std::vector<int> spare_registers;                 // of each block
 std::vector<std::vector<unsigned char>> brought;  // of each block: shared memory as copies have left it
-
-void want_chip(int least) {
-  if (chip_now < least) stop("the chip " + std::to_string(chip_now) + " does not have this instruction");
-}
 
 Thread& here() { return threads_beside[static_cast<size_t>(self())]; }
 
 int group_number() {
   if (block_threads() % kGroup != 0) stop("the block is not of whole warp groups");
   return self() / kGroup;
-}
-
-// Of this block, with the place of its memory.
-Range range_of(const void* shared, int64_t bytes) {
-  const int64_t first = static_cast<const unsigned char*>(shared) - dynamic_shared();
-  if (first < 0 || first + bytes > dynamic_bytes()) stop("not in the shared memory that the launch asks for");
-  return {block_rank(), first, first + bytes};
 }
 
 // Found by bytes: what was there already may be written again.
@@ -157,62 +100,6 @@ void check_brought(const Range& range, const char* who) {
   if (!std::equal(memory + range.first, memory + range.end, bytes.begin() + range.first)) {
     stop(std::string(who) + " where threads have written");
   }
-}
-
-// --- barriers ---
-
-State state_of(const uint64_t* barrier) {
-  State state;
-  std::memcpy(&state, barrier, sizeof state);
-  if (state.mark != kSet) stop("this barrier has not been set, or has been overwritten");
-  return state;
-}
-
-void keep(const State& state, uint64_t* barrier) { std::memcpy(barrier, &state, sizeof state); }
-
-void settle(State& state) {
-  if (state.bytes < -(1 << 20) || state.bytes >= 1 << 20) stop("more bytes than a barrier counts");
-  if (state.pending != 0) return;
-  if (state.bytes < 0) stop("copies bring more bytes than the barrier has been told to expect");
-  if (state.bytes > 0) return;
-  state.parity ^= 1;
-  state.pending = state.arrivals;
-}
-
-void arrive(uint64_t* barrier, int64_t bytes) {
-  State state = state_of(barrier);
-  if (state.pending == 0) stop("more arrivals than the barrier takes");
-  --state.pending;
-  state.bytes += bytes;
-  settle(state);
-  keep(state, barrier);
-}
-
-struct PhaseOver : Condition {
-  const uint64_t* barrier;
-  uint32_t parity;
-  int64_t place;
-  PhaseOver(const uint64_t* b, uint32_t p)
-      : barrier(b), parity(p), place(reinterpret_cast<const unsigned char*>(b) - dynamic_shared()) {}
-  bool holds() const override { return state_of(barrier).parity != parity; }
-  std::string what() const override {
-    const State state = state_of(barrier);
-    return "parity " + std::to_string(parity) + " of the barrier at byte " + std::to_string(place) +
-           " of shared memory, which lacks " + std::to_string(state.pending) + " arrivals and " +
-           std::to_string(state.bytes) + " bytes";
-  }
-};
-
-// The barrier at the same place in another block.
-uint64_t* barrier_at(uint64_t* barrier, int rank) {
-  if (rank == block_rank()) return barrier;
-  if (rank < 0 || rank >= cluster_blocks()) stop("the cluster has no such block");
-  if (cluster_barriers() == 0) stop("another block's barrier before the cluster has met: it may not be set");
-  if (block_has_ended(rank)) stop("another block's barrier, but that block has ended");
-  const Range place = range_of(barrier, sizeof *barrier);
-  auto* const other = reinterpret_cast<uint64_t*>(dynamic_shared(rank) + place.first);
-  if (state_of(other).published == 0) stop("barriers_set is missing: only the block knows of its barrier");
-  return other;
 }
 
 // --- copies ---
@@ -248,75 +135,10 @@ void carry_out(const TileCopy& copy) {
   }
   std::copy(memory + copy.to.first, memory + copy.to.end,
             brought[static_cast<size_t>(copy.to.rank)].begin() + copy.to.first);
-  auto* const barrier = reinterpret_cast<uint64_t*>(memory + copy.barrier);
-  State state = state_of(barrier);
-  state.bytes -= copy.to.end - copy.to.first;
-  settle(state);
-  keep(state, barrier);
-}
-
-void carry_out(const SmallCopy& copy) {
-  if (copy.inside) {
-    std::memcpy(copy.to, copy.from, 16);
-  } else {
-    std::memset(copy.to, 0, 16);
-  }
+  count_copied(copy.to.end - copy.to.first, reinterpret_cast<uint64_t*>(memory + copy.barrier));
 }
 
 // --- products ---
-
-double half_of(uint32_t bits) {
-  const uint32_t sign = (bits & 0x8000) << 16, rest = bits & 0x7fff;
-  if (rest >= 0x7c00) return bits_of<float>(sign | 0x7f800000 | (rest & 0x3ff) << 13);
-  const float size = bits_of<float>(rest << 13) * 0x1p112f;
-  return sign != 0 ? -size : size;
-}
-
-double widened(Elements type, uint32_t bits) {
-  return type == Elements::f16 ? half_of(bits) : bits_of<float>(bits << 16);
-}
-
-// Toward zero; NaN is one and the same.
-void truncate(const double* from, int64_t count, uint32_t* to) {
-  for (int64_t i = 0; i < count; ++i) {
-    const double exact = from[i];
-    const float near = static_cast<float>(exact);
-    const bool beyond = std::fabs(static_cast<double>(near)) > std::fabs(exact) && std::fabs(exact) < 0x1p128;
-    const uint32_t bits = bits_of<uint32_t>(near) - (beyond ? 1 : 0);
-    to[i] = exact != exact ? 0x7fffffff : bits;
-  }
-}
-
-#if defined(__x86_64__) && !defined(__SANITIZE_ADDRESS__)
-#define CISC_CLONES __attribute__((target_clones("avx2", "default")))
-#else
-#define CISC_CLONES
-#endif
-
-// sums [rows,columns] += a [rows,depth] b [depth,columns]
-CISC_CLONES void add_products(const double* a, const double* b, int rows, int depth, int columns,
-                              // outputs
-                              double* sums) {
-  for (int i = 0; i < rows; ++i) {
-    for (int k = 0; k < depth; ++k) {
-      const double factor = a[i * depth + k];
-      for (int j = 0; j < columns; ++j) sums[i * columns + j] += factor * b[k * columns + j];
-    }
-  }
-}
-
-CISC_CLONES void add_products(const int32_t* a, const int32_t* b, int rows, int depth, int columns,
-                              // outputs
-                              uint32_t* sums) {
-  for (int i = 0; i < rows; ++i) {
-    for (int k = 0; k < depth; ++k) {
-      const int32_t factor = a[i * depth + k];
-      for (int j = 0; j < columns; ++j) {
-        sums[i * columns + j] += static_cast<uint32_t>(factor * b[k * columns + j]);
-      }
-    }
-  }
-}
 
 // A factor in shared memory, as its descriptor tells it.
 struct Described {
@@ -528,8 +350,8 @@ void start() {
   tiles.clear();
   threads_beside.assign(blocks * threads, {});
   groups.assign(blocks * threads / kGroup, {});
-  meetings.assign(blocks, {});
-  lanes.resize(blocks * threads / kWarp);
+  start_warps(blocks, threads, mode.late_copies);
+  start_barriers(blocks * threads);
   const int each = std::min(kRegisters / block_threads() / 8 * 8, 248);
   for (WarpGroup& group : groups) group.registers = each;
   brought.resize(blocks);
@@ -558,7 +380,7 @@ bool progress() {
 
 void ended(int number) {
   const Thread& thread = threads_beside[static_cast<size_t>(number)];
-  if (!thread.copies.empty()) stop("the thread ends while its copies are on their way");
+  if (has_copies(number)) stop("the thread ends while its copies are on their way");
   if (thread.products != 0 && groups[static_cast<size_t>(number / kGroup)].done < thread.products) {
     stop("the thread ends while its products are on their way");
   }
@@ -575,6 +397,16 @@ const bool installed = [] {
 
 }  // namespace
 
+void want_chip(int least) {
+  if (chip_now < least) stop("the chip " + std::to_string(chip_now) + " does not have this instruction");
+}
+
+Range range_of(const void* shared, int64_t bytes) {
+  const int64_t first = static_cast<const unsigned char*>(shared) - dynamic_shared();
+  if (first < 0 || first + bytes > dynamic_bytes()) stop("not in the shared memory that the launch asks for");
+  return {block_rank(), first, first + bytes};
+}
+
 TileMap tile_map(Elements type, const void* data, int64_t rows, int64_t columns, int box_rows) {
   return {
       static_cast<const unsigned char*>(data), rows, columns, type == Elements::s8 ? 1 : 2, box_rows, kMark};
@@ -582,140 +414,6 @@ TileMap tile_map(Elements type, const void* data, int64_t rows, int64_t columns,
 
 uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(kSharedStart + range_of(shared, 0).first);
-}
-
-void warp_multiply(Elements type, const uint32_t* a, const uint32_t* b, float* sums) {
-  want_chip(80);
-  const int lane = self() % kWarp;
-  Lanes& all = lanes[static_cast<size_t>(self() / kWarp)][static_cast<size_t>(next_exchange())];
-  std::copy(a, a + 4, all.a[lane]);
-  std::copy(b, b + 2, all.b[lane]);
-  std::copy(sums, sums + 4, all.sums[lane]);
-  all.done = false;
-  warp_barrier();
-  if (!all.done) {
-    constexpr int kRows = 16, kColumns = 8, kDepth = 16;
-    double first[kRows * kDepth], second[kDepth * kColumns], exact[kRows * kColumns];
-    uint32_t bits[kRows * kColumns];
-    for (int t = 0; t < kWarp; ++t) {
-      const int g = t / 4, q = t % 4 * 2;
-      for (int i = 0; i < 8; ++i) {
-        const int row = g + (i / 2 % 2) * 8, k = q + i % 2 + i / 4 * 8;
-        first[row * kDepth + k] = widened(type, all.a[t][i / 2] >> (i % 2 * 16) & 0xffff);
-      }
-      for (int i = 0; i < 4; ++i) {
-        second[(q + i % 2 + i / 2 * 8) * kColumns + g] =
-            widened(type, all.b[t][i / 2] >> (i % 2 * 16) & 0xffff);
-        exact[(g + i / 2 * 8) * kColumns + q + i % 2] = all.sums[t][i];
-      }
-    }
-    add_products(first, second, kRows, kDepth, kColumns, exact);
-    truncate(exact, kRows * kColumns, bits);
-    for (int t = 0; t < kWarp; ++t) {
-      for (int i = 0; i < 4; ++i) {
-        all.sums[t][i] = bits_of<float>(bits[(t / 4 + i / 2 * 8) * kColumns + t % 4 * 2 + i % 2]);
-      }
-    }
-    all.done = true;
-  }
-  std::copy(all.sums[lane], all.sums[lane] + 4, sums);
-}
-
-void load_matrices(const void* row, uint32_t* to) {
-  want_chip(75);
-  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) stop("a matrix's row is not at a multiple of 16 bytes");
-  if (!is_shared(row, 16)) stop("a matrix's row is not in shared memory");
-  const int lane = self() % kWarp;
-  Lanes& all = lanes[static_cast<size_t>(self() / kWarp)][static_cast<size_t>(next_exchange())];
-  all.rows[lane] = reinterpret_cast<uint64_t>(row);
-  all.done = false;
-  warp_barrier();
-  if (!all.done) {
-    for (int number = 0; number < 4; ++number) {
-      uint16_t matrix[8][8];
-      for (int i = 0; i < 8; ++i) {
-        std::memcpy(matrix[i], reinterpret_cast<const void*>(all.rows[8 * number + i]), 16);
-      }
-      for (int t = 0; t < kWarp; ++t) {
-        const int i = t / 4, j = t % 4 * 2;
-        all.loaded[t][number] = matrix[i][j] | uint32_t{matrix[i][j + 1]} << 16;
-      }
-    }
-    all.done = true;
-  }
-  std::copy(all.loaded[lane], all.loaded[lane] + 4, to);
-}
-
-void copy_16(const void* from, bool inside, void* shared) {
-  want_chip(80);
-  if (reinterpret_cast<uintptr_t>(from) % 16 != 0 || reinterpret_cast<uintptr_t>(shared) % 16 != 0) {
-    stop("a copy of 16 bytes that are not aligned to them");
-  }
-  if (!is_shared(shared, 16)) stop("a copy to what is not shared memory");
-  const SmallCopy copy{from, inside, shared};
-  if (mode.late_copies) {
-    here().copies.push_back(copy);
-    ++here().open;
-    std::memset(shared, 0xff, 16);
-  } else {
-    carry_out(copy);
-  }
-}
-
-void copies_commit() {
-  want_chip(80);
-  here().groups.push_back(here().open);
-  here().open = 0;
-}
-
-void copies_wait(int pending) {
-  want_chip(80);
-  Thread& thread = here();
-  while (thread.groups.size() > static_cast<size_t>(pending)) {
-    const auto end = thread.copies.begin() + static_cast<int64_t>(thread.groups.front());
-    for (auto copy = thread.copies.begin(); copy != end; ++copy) carry_out(*copy);
-    thread.copies.erase(thread.copies.begin(), end);
-    thread.groups.erase(thread.groups.begin());
-  }
-}
-
-void barrier_set(uint64_t* barrier, uint32_t arrivals) {
-  want_chip(90);
-  if (reinterpret_cast<uintptr_t>(barrier) % 8 != 0) stop("a barrier that is not aligned to 8 bytes");
-  if (!is_shared(barrier, sizeof *barrier)) stop("a barrier that is not in shared memory");
-  if (arrivals < 1 || arrivals > 4095) stop("a barrier of no arrivals, or of more than 4095");
-  State state{};
-  std::memcpy(&state, barrier, sizeof state);
-  if (state.mark == kSet) stop("a barrier is set twice");
-  state = {kSet, 0, 0, arrivals, arrivals, 0};
-  keep(state, barrier);
-  here().barriers.push_back(barrier);
-}
-
-void barriers_set() {
-  want_chip(90);
-  for (uint64_t* barrier : here().barriers) {
-    State state = state_of(barrier);
-    state.published = 1;
-    keep(state, barrier);
-  }
-  here().barriers.clear();
-}
-
-void barrier_arrive(uint64_t* barrier, int rank) {
-  want_chip(90);
-  arrive(barrier_at(barrier, rank), 0);
-}
-
-void barrier_expect(uint64_t* barrier, uint32_t bytes) {
-  want_chip(90);
-  arrive(barrier, bytes);
-}
-
-void barrier_wait(const uint64_t* barrier, uint32_t parity) {
-  want_chip(90);
-  if (parity > 1) stop("a parity is 0 or 1");
-  wait_until(PhaseOver(barrier, parity));
 }
 
 void check_map(const TileMap* map) {
@@ -733,7 +431,7 @@ void copy_tile(uint32_t ranks, const TileMap* map, int64_t column, int64_t row, 
   const int64_t place = range_of(barrier, sizeof *barrier).first;
   for (int rank = 0; rank < cluster_blocks(); ++rank) {
     if ((ranks >> rank & 1) == 0) continue;
-    if (state_of(barrier_at(barrier, rank)).published == 0) stop("barriers_set is missing before a copy");
+    barrier_of_copies(barrier, rank);
     const TileCopy copy{*map, column, row, place, {rank, own.first, own.end}};
     const auto meets = [&](const Range& range) { return range.meets(copy.to); };
     for (const TileCopy& other : tiles) {
@@ -783,18 +481,6 @@ struct RegistersSet : Condition {
   }
 };
 
-struct Met : Condition {
-  const Meeting& meeting;
-  int number;
-  int64_t times;
-  Met(const Meeting& m, int n) : meeting(m), number(n), times(m.times) {}
-  bool holds() const override { return meeting.times != times; }
-  std::string what() const override {
-    return "barrier " + std::to_string(number) + ", where " + std::to_string(meeting.arrived) + " of " +
-           std::to_string(meeting.threads) + " threads are";
-  }
-};
-
 }  // namespace
 
 void set_registers(int count, bool more) {
@@ -812,30 +498,6 @@ void set_registers(int count, bool more) {
   group.more = more;
   ++group.threads;
   wait_until(RegistersSet(group, spare_registers[static_cast<size_t>(block_rank())], number));
-}
-
-void meet(int number, int threads, bool waits) {
-  if (number < 1 || number > 15) stop("barriers of warps are numbered from 1 to 15");
-  if (threads < kWarp || threads % kWarp != 0 || threads > block_threads()) stop("a barrier of whole warps");
-  Meeting& meeting = meetings[static_cast<size_t>(block_rank())][static_cast<size_t>(number)];
-  if (meeting.arrived > 0 && meeting.threads != threads) {
-    stop("a barrier of " + std::to_string(meeting.threads) + " threads and of " + std::to_string(threads));
-  }
-  const int place = self() % block_threads();
-  uint32_t& who = meeting.who[static_cast<size_t>(place / kWarp)];
-  if ((who >> place % kWarp & 1) != 0) stop("a thread arrives twice at barrier " + std::to_string(number));
-  who |= 1u << place % kWarp;
-  meeting.threads = threads;
-  const Met met(meeting, number);
-  if (++meeting.arrived == threads) {
-    if (std::any_of(meeting.who.begin(), meeting.who.end(), [](uint32_t w) { return w != 0 && ~w != 0; })) {
-      stop("parts of warps at barrier " + std::to_string(number));
-    }
-    ++meeting.times;
-    meeting.arrived = 0;
-    meeting.who = {};
-  }
-  if (waits) wait_until(met);
 }
 
 void products_begin() {
