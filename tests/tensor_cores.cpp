@@ -278,7 +278,10 @@ __global__ void __cluster_dims__(kBlocks, 1, 1)
         const int stage = step % kStages, turn = step / kStages % 2;
         unsigned char* const tile = memory + stage * kTileBytes + (broken == "misaligned" ? 128 : 0);
         if (broken != "no_wait_for_empty") barrier_wait(empty + stage, turn ^ 1);
-        const int more = broken == "too_many_bytes" ? 16 : broken == "too_few_bytes" ? -4096 : 0;
+        const int more = broken == "too_many_bytes"     ? 16
+                         : broken == "part_of_a_copy"   ? -16
+                         : broken == "all_but_one_copy" ? -kColumns / 2 * kChunkBytes
+                                                        : 0;
         barrier_expect(full + stage, kTileBytes + more);
         if (broken == "arrives_twice") barrier_arrive(full + stage);
         const int row = static_cast<int>(blockIdx.x) * kRows, half = static_cast<int>(rank) * kColumns / 2;
